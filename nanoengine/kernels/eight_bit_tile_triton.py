@@ -21,6 +21,7 @@ from nanoengine.kernels.matvec_large_triton import _add_parts_kernel
 from nanoengine.kernels.matvec_parts_triton import finish, halves, load_if, pick_rows, prefetch_rows
 from nanoengine.kernels.pdl_triton import pdl_options, release_dependents, wait_for_inputs
 
+_PROGRAMS = 132  # multiprocessors of a Hopper GPU
 _ENOUGH = 64  # programs from which adding up parts costs more than idle multiprocessors (one H200, 2026-11-29)
 _BAND = 8  # tiles of tokens that follow each other through one tile of the weight
 
@@ -121,6 +122,8 @@ def tile_for(rows: int, outputs: int, k: int, *, gated: bool, itemsize: int, blo
     tiles, splits = triton.cdiv(outputs * (1 + gated), width) * triton.cdiv(rows, block_t), 1
     while splits < 4 and tiles * splits < _ENOUGH and k // (2 * splits) >= 512:
         splits *= 2
+    if rows <= 16 and itemsize == 1 and tiles > 2 * _PROGRAMS:
+        stages = min(stages, 3)  # several programs share a multiprocessor (one H200, 2026-11-29)
     return Tile(width // (1 + gated), block_k, block_t, 4 if rows <= 64 else 8, stages, splits)
 
 

@@ -102,7 +102,7 @@ def _few_kernel(
     N: tl.constexpr, K: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
     SPLITS: tl.constexpr, SPAN: tl.constexpr, AHEAD: tl.constexpr, STAGES: tl.constexpr,
     GATED: tl.constexpr, ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_ADD: tl.constexpr,
-    SQUARES: tl.constexpr, NEXT: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
+    SQUARES: tl.constexpr, PARTS: tl.constexpr, NEXT: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     width: tl.constexpr = 2 * BLOCK_N if GATED else BLOCK_N
     row_bytes: tl.constexpr = K // 256 * 144
@@ -161,7 +161,7 @@ def _few_kernel(
             acc += tl.load(part + split * size + place, cache_modifier=".cg")
     n, t = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N))[:, None], t[None, :]
     if SQUARES > 0:
-        acc *= norm_scale(squares_ptr, t, rows, SQUARES, K, eps)
+        acc *= norm_scale(squares_ptr, t, rows, SQUARES, PARTS, K, eps)
     mask = (n < N) & (t < rows)
     y, up = halves(acc, BLOCK_N, BLOCK_T, GATED)
     to = t.to(tl.int64) * y_stride + n
@@ -245,6 +245,7 @@ def few(
         N=outputs, K=k, BLOCK_T=block_t, BLOCK_N=tile.block_n, SPLITS=tile.splits, SPAN=span,
         AHEAD=min(512, triton.next_power_of_2(span // 2)), STAGES=tile.stages, GATED=gate is not None, ACTIVATION=gate,
         HAS_BIAS=bias is not None, HAS_ADD=add is not None, SQUARES=0 if squares is None else len(squares),
+        PARTS=1 if squares is None else triton.next_power_of_2(len(squares)),
         NEXT=scaled is not None, ASM=x.is_cuda and torch.version.hip is None, num_warps=tile.warps, **pdl_options(x),
     )  # fmt: skip
     return y, scaled

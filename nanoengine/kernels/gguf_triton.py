@@ -155,11 +155,10 @@ class BlockTile:
     warps: int
 
 
-def one_tile(units: int, kind: str, *, gated: bool) -> BlockTile:
-    """16 bytes of codes of each row a thread, at most 128 threads. All programs read x, so a program has as many rows
-    as registers hold: of types that are decoded of several planes they are fewer."""
-    rows = 8 if 8 * BLOCK_TYPES[kind].size <= 5 * BLOCK_TYPES[kind].block else 4
-    return BlockTile(rows // (1 + gated), min(128, triton.next_power_of_2(units)), 1, warps=4)
+def one_tile(units: int, *, gated: bool) -> BlockTile:
+    """16 bytes of codes of each row a thread, at most 128 threads. All programs read x, so a program has some rows, but
+    more than these four were slower (Q4_K, one H200, 2026-11-29)."""
+    return BlockTile(4 // (1 + gated), min(128, triton.next_power_of_2(units)), 1, warps=4)
 
 
 def dot_tile(tokens: int, outputs: int) -> BlockTile:
@@ -256,7 +255,7 @@ def one(
     outputs, units = len(planes) // 2 if gate else len(planes), x.shape[1] // 32
     y = torch.empty(1, outputs, dtype=x.dtype, device=x.device) if out is None else out
     total = x if residual is None else torch.empty_like(x)
-    tile = tile or one_tile(units, kind, gated=gate is not None)
+    tile = tile or one_tile(units, gated=gate is not None)
     _one_kernel[(triton.cdiv(outputs, tile.block_n),)](
         x, x if residual is None else residual, x if norm_weight is None else norm_weight, planes,
         x if bias is None else bias, y, total, eps,

@@ -140,7 +140,7 @@ def _int4_kernel(
     N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr, SPLITS: tl.constexpr, SPAN: tl.constexpr, AHEAD: tl.constexpr, STAGES: tl.constexpr,
     HAS_ZEROS: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_ADD: tl.constexpr, SQUARES: tl.constexpr, NEXT: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_ADD: tl.constexpr, SQUARES: tl.constexpr, PARTS: tl.constexpr, NEXT: tl.constexpr,
     ASM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """SQUARES: parts of the sum of squares by which a token is normalised; 0: it is not."""
@@ -203,7 +203,7 @@ def _int4_kernel(
             acc += tl.load(part + split * size + place, cache_modifier=".cg")
     n, t = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N))[:, None], t[None, :]
     if SQUARES > 0:
-        acc *= norm_scale(squares_ptr, t, rows, SQUARES, K, eps)
+        acc *= norm_scale(squares_ptr, t, rows, SQUARES, PARTS, K, eps)
     mask = (n < N) & (t < rows)
     y, up = halves(acc, BLOCK_N, BLOCK_T, GATED)
     to = t.to(tl.int64) * y_stride + n
@@ -360,6 +360,7 @@ def product(
         SPLITS=tile.splits, SPAN=span, AHEAD=max(64, min(_AHEAD, triton.next_power_of_2(span // 4))),
         STAGES=tile.stages, HAS_ZEROS=weight.zeros is not None, GATED=gate is not None, ACTIVATION=gate,
         HAS_BIAS=bias is not None, HAS_ADD=add is not None, SQUARES=0 if squares is None else len(squares),
+        PARTS=1 if squares is None else triton.next_power_of_2(len(squares)),
         NEXT=scaled is not None, ASM=x.is_cuda and torch.version.hip is None,
         num_warps=tile.warps, **pdl_options(x),
     )  # fmt: skip

@@ -9,12 +9,12 @@ import triton.language as tl
 
 
 @triton.jit
-def norm_scale(squares_ptr, t, rows, SQUARES: tl.constexpr, K: tl.constexpr, eps):
-    """What normalises each of the tokens t, [1, BLOCK_T]."""
-    square = tl.zeros(t.shape, tl.float32)
-    for part in tl.static_range(SQUARES):
-        square += tl.load(squares_ptr + part * rows + t, mask=t < rows, other=0.0)
-    return tl.rsqrt(square / K + eps)
+def norm_scale(squares_ptr, t, rows, SQUARES: tl.constexpr, PARTS: tl.constexpr, K: tl.constexpr, eps):
+    """What normalises each of the tokens t, [1, BLOCK_T]. SQUARES: parts of each one's sum of squares; PARTS: the next
+    power of two."""
+    part = tl.arange(0, PARTS)[:, None]
+    squares = tl.load(squares_ptr + part * rows + t, mask=(part < SQUARES) & (t < rows), other=0.0)
+    return tl.reshape(tl.rsqrt(tl.sum(squares, 0) / K + eps), t.shape)
 
 
 @triton.jit

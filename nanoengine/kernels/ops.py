@@ -163,7 +163,7 @@ class TritonOps(Ops):
     """
 
     name = "triton"
-    stores_kv = prepares_norms = True
+    stores_kv = True
 
     def __init__(self, *, attends_qkv: bool = True, products: bool = True) -> None:
         from nanoengine.kernels import (
@@ -190,6 +190,7 @@ class TritonOps(Ops):
         self._make_tickets = tickets_on
         self._tickets: Tensor | None = None
         self._products = matmul_launch.Products() if products else None
+        self.prepares_norms = products
         self._ahead: tuple[Tensor, Scaled] | None = None  # the last sum, and what its norm needs of it
 
     def embedding(self, ids: Tensor, weight: Tensor) -> Tensor:

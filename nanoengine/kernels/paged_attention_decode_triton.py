@@ -510,7 +510,6 @@ def attend_decode(
     assert new is None or scales is None
     norms = new is not None and new.q_weight is not None
     d_pad, group_p2 = padded_head(width), triton.next_power_of_2(group)
-    limit = {"maxnreg": config.registers} if config.registers and q.is_cuda else {}
     _decode[(kv_heads, rows, config.splits)](
         q, k_cache, v_cache, *(scales or (q, q)), out, block_tables, seq_lens,
         scratch.part, scratch.lse, scratch.tickets,
@@ -522,7 +521,7 @@ def attend_decode(
         SCALE=scale, WINDOW=window or 0, SOFT_CAP=soft_cap or 0.0, STAGES=config.stages,
         AHEAD=config.ahead,
         SINKS=sinks is not None, SCALED=scales is not None, ASM=q.is_cuda and torch.version.hip is None,
-        num_warps=config.warps, **limit, **pdl_options(q),
+        num_warps=config.warps, **pdl_options(q),
     )  # fmt: skip
 
 

@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-CODES_REGISTERS = 128
 MAX_QUERIES = 16  # of a row in decode
 _MAX_SPLITS = 64
 _L2_BYTES = 24 << 20  # about half of a Hopper GPU's
@@ -25,7 +24,6 @@ class DecodeConfig:
         tile: keys an iteration. splits: the most programs a (row, KV head). min_tiles: the fewest tiles a split is
         worth. stages: tiles in flight, the one in use included. ahead: keys that each program asks for before it waits,
         to be in L2 soon. held: it also reads its first tile before; only where the newest keys come from qkv.
-        registers: the most that a thread takes; 0: any number.
     """
 
     tile: int
@@ -35,7 +33,6 @@ class DecodeConfig:
     stages: int
     ahead: int = 0
     held: bool = False
-    registers: int = 0
 
 
 def keys_ahead(programs: int, key_bytes: int) -> int:
@@ -113,11 +110,6 @@ def decode_config(
         tile=tile, splits=splits, min_tiles=keys_each // tile, warps=4, stages=3 if pairs > multiprocessors else 5,
         ahead=keys_ahead(pairs * splits, 2 * head_size * itemsize),
     )  # fmt: skip
-
-
-def codes_config(config: DecodeConfig) -> DecodeConfig:
-    """For a cache of codes: with this many registers a multiprocessor has one program more, while others wait."""
-    return replace(config, registers=CODES_REGISTERS)
 
 
 def fused_config(

@@ -212,7 +212,7 @@ def eight_bit_tile(rows: int, dtype: str, inputs: str) -> dict[str, Any]:
 def gguf_one(kind: str, *, gated: bool) -> dict[str, Any]:
     """One row of a model of Qwen3-8B's sizes, in the blocks of a GGUF file."""
     n, k = (12288, 4096) if gated else (4096, 4096)
-    tile, type_ = gguf_triton.one_tile(k // 32, kind, gated=gated), BLOCK_TYPES[kind]
+    tile, type_ = gguf_triton.one_tile(k // 32, gated=gated), BLOCK_TYPES[kind]
     given = {**kinds(bf16="x residual norm_weight bias y total", u8="blocks"), "eps": "fp32"}
     constants = {
         "KIND": kind, "N": n, "ROW_BYTES": type_.row_bytes(k), "UNITS": k // 32, "BLOCK_N": tile.block_n,
@@ -243,8 +243,8 @@ def int4(rows: int, n: int, k: int) -> dict[str, Any]:
     constants = {
         "N": n, "K": k, "GROUP": 128, "BLOCK_T": min(tile.block_t, max(8, rows)), "BLOCK_N": tile.block_n,
         "BLOCK_K": 128, "SPLITS": tile.splits, "SPAN": span, "AHEAD": 256, "STAGES": tile.stages, "HAS_ZEROS": True,
-        "GATED": False, "ACTIVATION": None, "HAS_BIAS": False, "HAS_ADD": True, "SQUARES": 32, "NEXT": True,
-        "ASM": True, "PDL": True,
+        "GATED": False, "ACTIVATION": None, "HAS_BIAS": False, "HAS_ADD": True, "SQUARES": 32, "PARTS": 32,
+        "NEXT": True, "ASM": True, "PDL": True,
     }  # fmt: skip
     return compiled(int4_triton._int4_kernel, given, constants, tile.warps)
 

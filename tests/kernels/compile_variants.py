@@ -132,7 +132,7 @@ def caches(every: bool) -> Iterator[Launch]:
         one, several = decode_config(rows, *shape), several_config(rows, 4, group, *shape)
         yield (
             f"{name} decode",
-            partial(attention.attend_decode, *read, config=attention.codes_config(one), scratch=scratch, **given),
+            partial(attention.attend_decode, *read, config=one, scratch=scratch, **given),
         )
         yield f"{name} prefill", partial(attention.attend_prefill, *read, starts, **given)
         yield (

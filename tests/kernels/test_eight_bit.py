@@ -52,6 +52,11 @@ KINDS = {
 kinds = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS.keys())
 
 
+def rounded(dtype: torch.dtype) -> float:
+    """What a code that a last bit decides may change, and no less than one rounding of a value."""
+    return max(2e-3, torch.finfo(dtype).eps * 0.51)
+
+
 @kinds
 def test_codes_are_those_of_the_reference(rand, weight, kind) -> None:
     """With ties, values that are rounded up to the next power of two, subnormal ones, and a row of zeros."""
@@ -101,7 +106,7 @@ def test_what_is_not_finite_is_seen_in_its_row_alone(rand, weight, kind, value) 
         for module in (eight_bit, eight_bit_triton):
             y = module.product(w, rows)
             assert not y[1].isfinite().any()
-            torch.testing.assert_close(y[0], clean[0], rtol=0.01, atol=0.01)
+            torch.testing.assert_close(y[0], clean[0], rtol=0.02, atol=0.05)  # tensor cores keep 14 bits of a sum
 
 
 @kinds
@@ -116,7 +121,7 @@ def test_product_agrees(rand, weight, assert_close, kind, rows, gate, with_bias,
     assert expected.dtype == torch.float32
     y = eight_bit_triton.product(w, x, bias, gate=gate, add=add)
     assert y.dtype == x.dtype
-    assert_close(y, expected, bound=2e-3 if w.inputs != "plain" else None)
+    assert_close(y, expected, bound=rounded(x.dtype) if w.inputs != "plain" else None)
 
 
 @kinds
@@ -140,7 +145,7 @@ def test_k_in_parts_agrees(rand, weight, assert_close, kind) -> None:
     tile = Tile(block_n=32, block_k=block, block_t=16, warps=4, stages=2, splits=3)
     for each in (tile, replace(tile, splits=1)):
         y = tiled(w, codes, scale, None, dtype=x.dtype, add=add, tile=each)
-        assert_close(y, eight_bit.product(w, x, add=add), bound=2e-3)
+        assert_close(y, eight_bit.product(w, x, add=add), bound=rounded(x.dtype))
 
 
 def test_out_receives_the_result(rand, weight) -> None:
@@ -150,7 +155,8 @@ def test_out_receives_the_result(rand, weight) -> None:
         for module in (eight_bit, eight_bit_triton):
             out = torch.full((rows, 32), 9.0, dtype=torch.float32, device=x.device)
             assert module.product(w, x, out=out) is out
-            torch.testing.assert_close(out, module.product(w, x).float(), rtol=2e-3, atol=2e-3)
+            bound = rounded(x.dtype)
+            torch.testing.assert_close(out, module.product(w, x).float(), rtol=bound, atol=bound)
 
 
 def test_no_rows_are_no_work(rand, weight) -> None:

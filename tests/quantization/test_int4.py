@@ -146,8 +146,7 @@ def test_norms_are_prepared_by_the_product_before_them(source: Path, tmp_path: P
         return y, total
 
     with interpreted(), torch.no_grad():
-        plainly = TritonOps()
-        plainly.prepares_norms = False
+        plainly = TritonOps(products=False)
         models = [loaded(config, packed, ops) for ops in (Ops(), TritonOps(), plainly)]
         inputs = models[0].model.layers[0].self_attn.o_proj.info.shape[::-1]
         x, stream = (torch.randn(3, width, generator=generator) for width in inputs)

@@ -169,12 +169,9 @@ class TritonPaged(AttentionBackend):
         assert inputs is not None
         tables, seq_lens = inputs.block_tables[:rows], inputs.seq_lens[:rows]
         if inputs.decode_query_len == 1:
-            config = planner.config(rows)
-            if self._scales is not None:
-                config = self._kernels.codes_config(config)
             self._kernels.attend_decode(
                 q[:rows], self._kv[layer, 0], self._kv[layer, 1], out[:rows], tables, seq_lens, scale=spec.scale,
-                window=spec.window, soft_cap=spec.soft_cap, config=config, scratch=planner.scratch,
+                window=spec.window, soft_cap=spec.soft_cap, config=planner.config(rows), scratch=planner.scratch,
                 sinks=spec.sinks, scales=self._scales_of(layer),
             )  # fmt: skip
         else:

@@ -40,6 +40,7 @@ import uvicorn
 from nanoengine.api.errors import NanoEngineError, described
 from nanoengine.observe.logs import configure_logs
 from nanoengine.params.field_types import conform
+from nanoengine.server.accepting import Acceptor
 from nanoengine.server.config import ServerConfig
 from nanoengine.server.http_connection import HttpConnection
 from nanoengine.server.lifecycle import App, Lifecycle
@@ -49,7 +50,6 @@ _log = logging.getLogger(__name__)
 _CONNECT_SECONDS = 10.0  # that a request waits for the application once the engine is ready
 _CLOSE_SECONDS = 1.0  # that answers have to be sent when the process is asked to end
 _KEEP_ALIVE_SECONDS = 75  # longer than a proxy keeps its connections (60 s is usual): so the proxy closes them
-_BACKLOG = 2048
 _FILES = 1 << 16
 
 
@@ -92,19 +92,27 @@ MakeServed = Callable[[ServerConfig, Sequence[str]], Served]
 
 
 class _Server(uvicorn.Server):
-    """Leaves signals to the supervisor, and says when it accepts connections."""
+    """Leaves signals to the supervisor, takes connections one by one, and says when it does."""
 
-    def __init__(self, config: uvicorn.Config, accepts: Callable[[], None]) -> None:
+    def __init__(self, config: uvicorn.Config, listener: socket.socket, accepts: Callable[[], None]) -> None:
         super().__init__(config)
-        self._accepts = accepts
+        self._listener, self._accepts = listener, accepts
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
+        await super().startup([])
+        self._acceptor = Acceptor(self._listener, self._connection)
         self._accepts()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._acceptor.close()
+        await super().shutdown([self._listener])
+
+    def _connection(self) -> HttpConnection:
+        return HttpConnection(config=self.config, server_state=self.server_state, app_state={})
 
 
 class HttpProcess:
@@ -128,8 +136,8 @@ class HttpProcess:
         except NanoEngineError as error:
             self._send("failed", message=str(error))
             return 1
-        server = _Server(self._options(served), lambda: self._send("up"))
-        work = [server.serve([self._listener]), self._obey(served), self._install(served), self._beat(served)]
+        server = _Server(self._options(served), self._listener, lambda: self._send("up"))
+        work = [server.serve(), self._obey(served), self._install(served), self._beat(served)]
         tasks = [asyncio.create_task(each) for each in work]
         for task in tasks:
             task.add_done_callback(self._check)
@@ -149,7 +157,7 @@ class HttpProcess:
         return uvicorn.Config(
             served.gate(self._lifecycle),
             loop="none", http=HttpConnection, ws="none", lifespan="off", interface="asgi3",
-            log_config=None, access_log=False, server_header=False, proxy_headers=False, backlog=_BACKLOG,
+            log_config=None, access_log=False, server_header=False, proxy_headers=False,
             timeout_keep_alive=_KEEP_ALIVE_SECONDS, timeout_graceful_shutdown=1,
         )  # fmt: skip
 

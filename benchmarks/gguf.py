@@ -5,7 +5,7 @@
 The shapes are those of a layer of Qwen3-8B; one row goes as the layers call it, with the norm in front of qkv, gate and
 up. Each figure is the median over replays of a CUDA graph of many calls, divided by their number; calls rotate over
 copies of the weights. "limit": the time to read the blocks and the tokens once, or to do the FLOPs. --tune tries tiles
-and prints the best: what `gguf_triton.one_tile` and `dot_tile` are to come from.
+of `gguf_triton.one` and `tiled` and prints the best (Q4_K of up to 16 rows goes by `gguf_few_triton`).
 
 On a machine without a GPU, --check runs everything once in small sizes in Triton's interpreter.
 """
@@ -83,10 +83,10 @@ class Case:
         if tile is not None and len(x) > 1:
             out = torch.empty(len(x), len(planes), dtype=DTYPE, device=DEVICE)
             return gguf_triton.tiled(x, planes, kind, None, out, tile)
-        if len(x) == 1 and self.shape.normed:
+        if tile is not None and self.shape.normed:
             norm: dict[str, Any] = {"residual": self.residual, "norm_weight": self.norm, "eps": EPS, "gate": gate}
             return gguf_triton.one(x, planes, kind, **norm, tile=tile)
-        if len(x) == 1:
+        if tile is not None:
             return gguf_triton.one(x, planes, kind, tile=tile)
         if self.shape.normed:
             return gguf_triton.gguf_norm_linear(x, self.residual, self.norm, EPS, planes, kind, gate=gate)

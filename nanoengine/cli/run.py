@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from nanoengine.params.sampling_params import SamplingParams
     from nanoengine.setup.plugins.registry import Registry
 
+_SHOWN_PROMPT = 500  # most characters of a prompt that are printed with its answer
 _STATE_SECONDS = 0.2  # how often the progress bar reads the state of the engine
 
 
@@ -246,7 +247,7 @@ class Batch:
                 say(f"error: {error}")
                 word, status = "the engine has ended", FAILED
         if status:
-            say(f"{word}; finished results are kept")
+            say(f"{word}; finished results are kept" + ("; --resume runs the rest" if self.config.output else ""))
         seconds = time.perf_counter() - start
         if self.verbose and tally.first_token is not None:
             age = process_seconds() - (time.monotonic() - tally.first_token)
@@ -336,7 +337,9 @@ class Batch:
 def _answer(index: int, prompt: Prompt, output: RequestOutput) -> str:
     """The text that is printed for a finished prompt."""
     asked = prompt if isinstance(prompt, str) else prompt[-1]["content"]
-    lines = [f"[{index}] {' '.join(asked.split())}"]
+    line = " ".join(asked.split())
+    rest = f"... ({len(line):,} characters)" if len(line) > _SHOWN_PROMPT else ""
+    lines = [f"[{index}] {line[:_SHOWN_PROMPT]}{rest}"]
     if output.error is not None:
         lines.append("(failed)")
     for number, sample in enumerate(output.outputs, 1):

@@ -44,6 +44,11 @@ _MEMBERS: Mapping[str, str] = {
     "wake_up": "use close, and make a new LLM",
 }
 """Members of vLLM's `LLM`, and what to do instead of each."""
+_ARGUMENTS: Mapping[str, str] = {
+    "prompt_token_ids": "token ids are a prompt of generate: [[1, 2, 3]], or {'prompt_token_ids': [1, 2, 3]}",
+    "lora_request": "adapters are not supported yet",
+}
+"""Keywords of vLLM's methods, and what to do instead of each."""
 _ELSEWHERE = 0.75  # least likeness of a name that belongs to another method or object
 _SHOWN = 60  # most characters of a value in an example
 
@@ -130,6 +135,8 @@ def _where(
     places = {**_places(cls), **dict.fromkeys(sampling, "SamplingParams"), **dict.fromkeys(own, method)}
     if name in places:
         return _place(cls, method, name, places[name], value)
+    if name in _ARGUMENTS:
+        return _ARGUMENTS[name]
     if name in dict(_methods(cls)):
         return _call(cls, method, name)
     if method.startswith("chat") and name not in NOT_SUPPORTED:

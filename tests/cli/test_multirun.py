@@ -193,6 +193,7 @@ def test_each_combination_has_its_folder_and_a_broken_one_stops_no_other(sweep: 
     assert [(row["TTFT ms"], row["ITL ms"]) for row in table[:2]] == [("1000.0", "1000.0")] * 2
     assert float(table[0]["tokens/s"]) > 0
     assert (root / "plot.png").read_bytes().startswith(b"\x89PNG")
+    assert f"type: nanoengine report multirun/{root.name}\n" in result.stderr
 
 
 def test_a_combination_that_cannot_be_composed_stops_no_other(sweep: Run, tmp_path: Path) -> None:

@@ -122,11 +122,22 @@ def test_failed_request_keeps_its_place_and_gives_1(fake: Any, nanoengine: Run, 
     assert "re: fine" in result.stdout
 
 
+def test_a_long_prompt_is_printed_in_part_and_written_whole(
+    fake: Any, nanoengine: Run, config: Any, rows: Rows
+) -> None:
+    long = "x" * 70_000
+    result = nanoengine("run", config(CONFIG), f"prompts=[{long}, {'y' * 500}]")
+    assert f"[0] {'x' * 500}... (70,000 characters)\n" in result.stdout
+    assert f"[1] {'y' * 500}\n" in result.stdout
+    assert sorted(row["prompt"] for row in rows()) == [long, "y" * 500]
+
+
 def test_interrupt_keeps_what_is_finished(fake: Any, nanoengine: Run, config: Any, rows: Rows) -> None:
     fake.interrupt_after = 2
     result = nanoengine("run", config(CONFIG))
     assert result.exit_code == 130
     assert [row["index"] for row in rows()] == [2, 1]
+    assert "interrupted; finished results are kept; --resume runs the rest\n" in result.stderr
     assert "2 of 3 prompts, " in result.stderr
     assert fake.made[0].closed
 

@@ -470,6 +470,7 @@ HELLO = [{"role": "user", "content": "hello"}]
         ),
         (lambda llm: llm.generate([1], use_tdqm=0), r"did you mean 'use_tqdm'\? Valid: on_error, params, prio"),
         (lambda llm: llm.generate([1], best_of=2), r"vLLM's 'best_of' is not supported: request n samples"),
+        (lambda llm: llm.generate(prompt_token_ids=[[1]]), r"'prompt_token_ids'; token ids are a prompt of"),
         (lambda llm: llm.chat(HELLO, enable_thinking=False), r"a variable of the chat template goes into chat_t"),
         (lambda llm: llm.hidden_states([1], temperature=0), r"hidden_states has no .* pass SamplingParams"),
         (lambda llm: llm.tap([1], module="x"), r"tap has no .*; did you mean 'modules'\? Valid: modules,"),

@@ -299,6 +299,7 @@ def _report(outcomes: Sequence[Outcome], todo: Sweep) -> bool:
         say(f"wrote {todo.folder / 'answers.csv'}: the answers of all combinations side by side")
         plot(outcomes, todo.folder / "plot.png")
         say(f"wrote {todo.folder / 'table.csv'} and {todo.folder / 'plot.png'}")
+        say(f"for a page of all of it, type: nanoengine report {shlex.quote(str(todo.folder))}")
     except ImportError as error:
         say(f"wrote {todo.folder / 'table.csv'}; no plot: {error}. pip install 'nanoengine[plot]' brings matplotlib")
     except ValueError as error:

@@ -159,7 +159,7 @@ def _timeline(steps: Steps) -> Figure:
         at = [moment for moment, *_ in steps.preempted]
         blocks.plot(at, [total] * len(at), "v", color=RED, markersize=5, label=f"{len(at)} preemptions")
     blocks.set_title(f"KV blocks, of {total:,.0f}")
-    blocks.set_xlabel("seconds since the first step")
+    blocks.set_xlabel("seconds since the trace began")
     for axes in (generated, prompt, rows, requests, blocks):
         axes.set_ylim(bottom=0)
     for axes in (rows, requests, blocks):

@@ -22,9 +22,14 @@ OPTIONS_NOT_SUPPORTED: Mapping[str, str] = {
     "kv_cache_dtype": "its name is kv_dtype: kv_dtype='fp8', or engine.kv_dtype=fp8 in a configuration",
     "disable_custom_all_reduce": "its name is custom_all_reduce: custom_all_reduce=False",
     "swap_space": "preempted requests are computed again, not swapped",
+    "load_in_8bit": "write quantization='int8' (plain weights, quantised while they are loaded)",
+    "load_in_4bit": "use a checkpoint in four bits (AWQ, GPTQ, compressed-tensors or a .gguf file)",
+    "torch_dtype": "its name is dtype: dtype='bfloat16', or engine.dtype=bfloat16 in a configuration",
+    "attn_implementation": "its name is attention: attention='torch', or attention=torch in a configuration",
+    "device_map": "its name is device; tensor_parallel_size=N shares a model over N devices",
     "num_threads": "torch takes its CPU threads from the environment: OMP_NUM_THREADS",
 }
-"""Options of vLLM, and what to do instead of each."""
+"""Options of vLLM and transformers, and what to do instead of each."""
 
 
 def engine_options(options: Mapping[str, Any]) -> EngineOptions:

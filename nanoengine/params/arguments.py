@@ -231,7 +231,7 @@ def too_long(tokens: int, max_model_len: int, least: str = "", new_tokens: int =
     return RequestError(
         "too_long",
         f"the prompt has {least}{tokens} tokens and max_model_len is {max_model_len}{room}: shorten the prompt to "
-        f"{max_model_len - new_tokens} tokens or raise max_model_len",
+        f"{max_model_len - new_tokens} tokens or raise max_model_len, if the model was made for more",
     )
 
 

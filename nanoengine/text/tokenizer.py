@@ -204,7 +204,8 @@ class Tokenizer:
             raise RequestError(
                 "too_long",
                 f"the first {8 * max_tokens} of the text's {len(text)} characters have {begins} tokens, and "
-                f"max_model_len is {max_tokens}: shorten the text or raise max_model_len",
+                f"max_model_len is {max_tokens}: shorten the text or raise max_model_len, if the model was made for "
+                "more",
             )
 
     @cached_property

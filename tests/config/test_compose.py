@@ -144,6 +144,12 @@ REFUSED: list[tuple[str, dict[str, str], list[str], list[str]]] = [
         [],
         ["config.yaml:2 and ", "config.yaml:3", "db is chosen twice", "write db=OPTION on the command line"],
     ),
+    (
+        "chosen twice by overrides",
+        tree(),
+        ["db=lite", "db=mysql"],
+        ["override 'db=lite' and override 'db=mysql': db is chosen twice; leave one out"],
+    ),
     ("two selfs", tree(config="defaults:\n  - _self_\n  - _self_\n"), [], ["config.yaml:3", "_self_ is chosen twice"]),
     ("a file twice", tree(config="defaults: [base,\n  base]\n"), [], ["config.yaml:2", "base is chosen twice"]),
     ("unknown word", tree(config="defaults:\n  - maybe db: lite\n"), [], ["config.yaml:2", "'maybe db'"]),

@@ -57,6 +57,9 @@ def compose(
     changes: list[Override] = []
     for item in map(parse_override, overrides):
         if item.key not in plain and (item.key in shorthands or search.is_group(item.key)) and _is_option(item.value):
+            first = choices.get(item.key, item)
+            if first.raw != item.raw and Action.DELETE not in (first.action, item.action):
+                raise ConfigError(f"{first.origin} and {item.origin}: {item.key} is chosen twice; leave one out")
             choices[item.key] = item
         else:
             changes.append(item)

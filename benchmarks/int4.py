@@ -34,8 +34,8 @@ from torch import Tensor
 from nanoengine.kernels import int4_triton
 from nanoengine.kernels.int4 import Int4Weight, dequantise
 from nanoengine.kernels.int4_triton import Int4Tile, int4_linear
-from nanoengine.kernels.matvec_skinny_triton import tickets_on
 from nanoengine.kernels.ops import TritonOps
+from nanoengine.kernels.split_k_triton import tickets_on
 from nanoengine.lab.bench.report import environment
 from nanoengine.lab.bench.roofline import Limits
 from nanoengine.lab.bench.timing import calls_over, copies, measured_limits, time_us

@@ -29,10 +29,11 @@ from nanoengine.kernels.activation import Activation
 from nanoengine.kernels.activation_triton import act_and_mul
 from nanoengine.kernels.matvec_held_triton import HeldTile, held
 from nanoengine.kernels.matvec_large_triton import LargeTile, large, large_tile
-from nanoengine.kernels.matvec_skinny_triton import SkinnyTile, skinny, tickets_on
+from nanoengine.kernels.matvec_skinny_triton import SkinnyTile, skinny
 from nanoengine.kernels.matvec_triton import GemvTile, Tile, gemv, matvec, norm_matvec
 from nanoengine.kernels.rms_norm_triton import add_rms_norm
 from nanoengine.kernels.rope_triton import qk_norm_rope_store
+from nanoengine.kernels.split_k_triton import tickets_on
 from nanoengine.lab.bench.report import environment
 from nanoengine.lab.bench.timing import calls_over, copies, eager_us, read_bandwidth, time_us
 

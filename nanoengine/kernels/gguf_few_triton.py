@@ -19,15 +19,13 @@ from torch import Tensor
 
 from nanoengine.kernels.activation import Activation
 from nanoengine.kernels.matmul import Scaled
-from nanoengine.kernels.matvec_parts_triton import finish, halves, load_if, pick_rows, prefetch_rows, result
-from nanoengine.kernels.matvec_skinny_triton import tickets_on
-from nanoengine.kernels.norm_parts_triton import norm_scale, prepare_norm
-from nanoengine.kernels.pdl_triton import pdl_options, release_dependents, wait_for_inputs
+from nanoengine.kernels.matvec_parts_triton import pick_rows, prefetch_rows, result
+from nanoengine.kernels.pdl_triton import release_dependents, wait_for_inputs
+from nanoengine.kernels.split_k_triton import SplitProduct, finish_tile, join_parts, leave_part
 
 MAX_ROWS = 16
 BLOCK, BLOCK_BYTES = 256, 144
 _PROGRAMS = 132
-_MOST_TILES = 1024  # of `tickets_on`
 
 # Four bytes -> their low codes as four values of 16 bits; `shift` 4: their high codes.
 _CUT = """{{
@@ -147,30 +145,13 @@ def _few_kernel(
             acc -= high * tl.dot(ones, x_high, input_precision="ieee")
         h0, h1, h2, h3 = next0, next1, next2, next3
     if SPLITS > 1:
-        tile = tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)
-        size: tl.constexpr = width * BLOCK_T
-        place = tl.arange(0, width)[:, None] * BLOCK_T + tl.arange(0, BLOCK_T)[None, :]
-        part = part_ptr + tile * (SPLITS * size)
-        tl.store(part + tl.program_id(1) * size + place, acc)
-        tl.debug_barrier()  # every thread's part is written before one of them releases the ticket
-        if tl.atomic_add(ticket_ptr + tile, 1, sem="acq_rel", scope="gpu") < SPLITS - 1:
+        if leave_part(acc, part_ptr, ticket_ptr, SPLITS, width, BLOCK_T) < SPLITS - 1:
             return
-        tl.store(ticket_ptr + tile, 0)  # for the next launch
-        acc = tl.zeros((width, BLOCK_T), tl.float32)
-        for split in tl.static_range(SPLITS):  # .cg: other programs wrote it; never from this multiprocessor's own L1
-            acc += tl.load(part + split * size + place, cache_modifier=".cg")
-    n, t = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N))[:, None], t[None, :]
-    if SQUARES > 0:
-        acc *= norm_scale(squares_ptr, t, rows, SQUARES, PARTS, K, eps)
-    mask = (n < N) & (t < rows)
-    y, up = halves(acc, BLOCK_N, BLOCK_T, GATED)
-    to = t.to(tl.int64) * y_stride + n
-    y = finish(
-        y, up, load_if(HAS_BIAS, bias_ptr + n, n < N), load_if(HAS_BIAS and GATED, bias_ptr + N + n, n < N),
-        load_if(HAS_ADD, add_ptr + t.to(tl.int64) * add_stride + n, mask), y_ptr + to, mask, GATED, ACTIVATION,
+        acc = join_parts(part_ptr, ticket_ptr, SPLITS, width, BLOCK_T)
+    finish_tile(
+        acc, t, bias_ptr, add_ptr, y_ptr, squares_ptr, next_ptr, scaled_ptr, sums_ptr, rows, y_stride, add_stride, eps,
+        N, K, BLOCK_T, BLOCK_N, GATED, ACTIVATION, HAS_BIAS, HAS_ADD, SQUARES, PARTS, NEXT,
     )  # fmt: skip
-    if NEXT:
-        prepare_norm(y, next_ptr, scaled_ptr + to, sums_ptr + tl.program_id(0) * rows + t, n, t, mask, N, rows)
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,40 +193,22 @@ def few(
 ) -> tuple[Tensor, Scaled | None]:
     """The product with Q4_K in planes, of x [T, K] or of x that the product before it normalised, and what `next_norm`
     needs of it: as `matmul.matmul`. out: [T, outputs], of contiguous rows."""
-    squares = x.squares if isinstance(x, Scaled) else None
-    x = x.values if isinstance(x, Scaled) else x
-    rows, k = x.shape
+    values = x.values if isinstance(x, Scaled) else x
+    rows, k = values.shape
     outputs = len(planes) // 2 if gate else len(planes)
-    assert planes.shape[1] == k // BLOCK * BLOCK_BYTES and x.stride(1) == 1, (planes.shape, x.shape, x.stride())
-    assert add is None or (add.shape == (rows, outputs) and add.stride(1) == 1), (add, outputs)
-    y = result(x, outputs, None) if out is None else out
+    shapes = (planes.shape, values.shape, values.stride())
+    assert planes.shape[1] == k // BLOCK * BLOCK_BYTES and values.stride(1) == 1, shapes
+    y = result(values, outputs, None) if out is None else out
     assert y.shape == (rows, outputs) and y.stride(1) == 1, (y.shape, y.stride())
     tile = tile or few_tile(outputs, k, gated=gate is not None)
-    tiles, block_t = triton.cdiv(outputs, tile.block_n), 8 if rows <= 8 else 16
-    scaled = None
-    if next_norm is not None:
-        assert y.is_contiguous() and y.dtype == x.dtype, (y.stride(), y.dtype)
-        sums = torch.empty(tiles, rows, dtype=torch.float32, device=x.device)
-        scaled = Scaled(next_norm, torch.empty_like(y), sums)
-    if rows == 0:
-        return y, scaled
-    grid = (tiles, tile.splits, triton.cdiv(rows, block_t))
-    part = count = y
-    if tile.splits > 1:
-        assert grid[0] * grid[2] <= _MOST_TILES, grid
-        size = tile.block_n * (2 if gate else 1) * block_t
-        part = torch.empty(grid[0] * grid[1] * grid[2] * size, dtype=torch.float32, device=x.device)
-        count = tickets_on(x.device) if tickets is None else tickets
     span = triton.cdiv(k // BLOCK, tile.splits) * BLOCK
-    ahead = (y, y, y) if scaled is None else (scaled.norm_weight, scaled.values, scaled.squares)
-    _few_kernel[grid](
-        x, planes, bias if bias is not None else x, add if add is not None else x, y, part, count,
-        y if squares is None else squares, *ahead,
-        rows, x.stride(0), y.stride(0), 0 if add is None else add.stride(0), eps,
-        N=outputs, K=k, BLOCK_T=block_t, BLOCK_N=tile.block_n, SPLITS=tile.splits, SPAN=span,
-        AHEAD=min(512, triton.next_power_of_2(span // 2)), STAGES=tile.stages, GATED=gate is not None, ACTIVATION=gate,
-        HAS_BIAS=bias is not None, HAS_ADD=add is not None, SQUARES=0 if squares is None else len(squares),
-        PARTS=1 if squares is None else triton.next_power_of_2(len(squares)),
-        NEXT=scaled is not None, ASM=x.is_cuda and torch.version.hip is None, num_warps=tile.warps, **pdl_options(x),
+    launch = SplitProduct(
+        x, y, bias, eps=eps, gate=gate, add=add, next_norm=next_norm, tickets=tickets,
+        block_n=tile.block_n, block_t=8 if rows <= 8 else 16, splits=tile.splits,
     )  # fmt: skip
-    return y, scaled
+    if rows:
+        _few_kernel[launch.grid](
+            values, planes, *launch.arguments, SPAN=span, AHEAD=min(512, triton.next_power_of_2(span // 2)),
+            STAGES=tile.stages, num_warps=tile.warps, **launch.constants,
+        )  # fmt: skip
+    return y, launch.scaled

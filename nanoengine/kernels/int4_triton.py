@@ -23,15 +23,13 @@ from nanoengine.kernels.activation import Activation
 from nanoengine.kernels.activation_triton import act_and_mul
 from nanoengine.kernels.int4 import Int4Weight
 from nanoengine.kernels.matmul import Scaled
-from nanoengine.kernels.matvec_parts_triton import finish, halves, load_if, pick_rows, prefetch_rows, result
-from nanoengine.kernels.matvec_skinny_triton import tickets_on
-from nanoengine.kernels.norm_parts_triton import norm_scale, prepare_norm
+from nanoengine.kernels.matvec_parts_triton import pick_rows, prefetch_rows, result
 from nanoengine.kernels.pdl_triton import pdl_options, release_dependents, wait_for_inputs
+from nanoengine.kernels.split_k_triton import SplitProduct, finish_tile, join_parts, leave_part
 
 MAX_ROWS = 64
 """More rows multiply a dequantised copy, which is faster (one H200, 2026-11-29)."""
 _AHEAD = 256  # words of 16 bits of each weight row that a program asks for before it waits; a line is 64
-_MOST_TILES = 1024  # of `tickets_on`
 
 # Two words of 16 bits -> one of the four codes of each, as values of 16 bits: a mask makes it the last bits of 128
 # (bfloat16) or 1024 (float16), then that and the zero are taken off.
@@ -143,7 +141,6 @@ def _int4_kernel(
     HAS_BIAS: tl.constexpr, HAS_ADD: tl.constexpr, SQUARES: tl.constexpr, PARTS: tl.constexpr, NEXT: tl.constexpr,
     ASM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """SQUARES: parts of the sum of squares by which a token is normalised; 0: it is not."""
     width: tl.constexpr = 2 * BLOCK_N if GATED else BLOCK_N
     groups: tl.constexpr = K // GROUP
     row, source = pick_rows(tl.program_id(0), N, BLOCK_N, GATED)
@@ -189,30 +186,13 @@ def _int4_kernel(
             at = source * groups + min(start + BLOCK_K, K - 1) // GROUP
             scale = tl.load(scales_ptr + at).to(tl.float32)
     if SPLITS > 1:
-        tile = tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)
-        size: tl.constexpr = width * BLOCK_T
-        place = tl.arange(0, width)[:, None] * BLOCK_T + tl.arange(0, BLOCK_T)[None, :]
-        part = part_ptr + tile * (SPLITS * size)
-        tl.store(part + tl.program_id(1) * size + place, acc)
-        tl.debug_barrier()  # every thread's part is written before one of them releases the ticket
-        if tl.atomic_add(ticket_ptr + tile, 1, sem="acq_rel", scope="gpu") < SPLITS - 1:
+        if leave_part(acc, part_ptr, ticket_ptr, SPLITS, width, BLOCK_T) < SPLITS - 1:
             return
-        tl.store(ticket_ptr + tile, 0)  # for the next launch
-        acc = tl.zeros((width, BLOCK_T), tl.float32)
-        for split in tl.static_range(SPLITS):  # .cg: other programs wrote it; never from this multiprocessor's own L1
-            acc += tl.load(part + split * size + place, cache_modifier=".cg")
-    n, t = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N))[:, None], t[None, :]
-    if SQUARES > 0:
-        acc *= norm_scale(squares_ptr, t, rows, SQUARES, PARTS, K, eps)
-    mask = (n < N) & (t < rows)
-    y, up = halves(acc, BLOCK_N, BLOCK_T, GATED)
-    to = t.to(tl.int64) * y_stride + n
-    y = finish(
-        y, up, load_if(HAS_BIAS, bias_ptr + n, n < N), load_if(HAS_BIAS and GATED, bias_ptr + N + n, n < N),
-        load_if(HAS_ADD, add_ptr + t.to(tl.int64) * add_stride + n, mask), y_ptr + to, mask, GATED, ACTIVATION,
+        acc = join_parts(part_ptr, ticket_ptr, SPLITS, width, BLOCK_T)
+    finish_tile(
+        acc, t, bias_ptr, add_ptr, y_ptr, squares_ptr, next_ptr, scaled_ptr, sums_ptr, rows, y_stride, add_stride, eps,
+        N, K, BLOCK_T, BLOCK_N, GATED, ACTIVATION, HAS_BIAS, HAS_ADD, SQUARES, PARTS, NEXT,
     )  # fmt: skip
-    if NEXT:
-        prepare_norm(y, next_ptr, scaled_ptr + to, sums_ptr + tl.program_id(0) * rows + t, n, t, mask, N, rows)
 
 
 @triton.jit
@@ -322,46 +302,25 @@ def product(
     tile: Int4Tile | None = None,
 ) -> tuple[Tensor, Scaled | None]:
     """The product from codes, by the kernel of this file, and what `next_norm` needs of it: see `matmul.matmul`."""
-    squares = x.squares if isinstance(x, Scaled) else None
-    x = x.values if isinstance(x, Scaled) else x
-    rows, k = x.shape
-    lines = weight.shape[0]
-    outputs = lines // 2 if gate else lines
-    assert k == weight.shape[1] and x.stride(1) == 1, (x.shape, x.stride(), weight.shape)
-    assert add is None or (add.shape == (rows, outputs) and add.stride(1) == 1), (add, outputs)
-    y = result(x, outputs, out)
-    tile = tile or tile_for(rows, outputs, k, gated=gate is not None, itemsize=x.element_size())
-    tiles = triton.cdiv(outputs, tile.block_n)
-    scaled = None
-    if next_norm is not None:
-        assert y.is_contiguous() and y.dtype == x.dtype, (y.stride(), y.dtype)
-        sums = torch.empty(tiles, rows, dtype=torch.float32, device=x.device)
-        scaled = Scaled(next_norm, torch.empty_like(y), sums)
-    if rows == 0:
-        return y, scaled
+    values = x.values if isinstance(x, Scaled) else x
+    rows, k = values.shape
+    outputs = weight.shape[0] // 2 if gate else weight.shape[0]
+    assert k == weight.shape[1] and values.stride(1) == 1, (values.shape, values.stride(), weight.shape)
+    y = result(values, outputs, out)
+    tile = tile or tile_for(rows, outputs, k, gated=gate is not None, itemsize=values.element_size())
     block_t = min(tile.block_t, max(8, triton.next_power_of_2(rows)))
     block_k = min(128, weight.group & -weight.group)
-    grid = (tiles, tile.splits, triton.cdiv(rows, block_t))
-    part = count = y
-    if tile.splits > 1:
-        assert grid[0] * grid[2] <= _MOST_TILES, grid
-        size = tile.block_n * (2 if gate else 1) * block_t
-        part = torch.empty(grid[0] * grid[1] * grid[2] * size, dtype=torch.float32, device=x.device)
-        count = tickets_on(x.device) if tickets is None else tickets
     span = triton.cdiv(triton.cdiv(k, tile.splits), block_k) * block_k
-    zeros = weight.scales if weight.zeros is None else weight.zeros
-    ahead = (y, y, y) if scaled is None else (scaled.norm_weight, scaled.values, scaled.squares)
-    _int4_kernel[grid](
-        x, weight.codes.view(torch.int16), weight.scales, zeros,
-        bias if bias is not None else x, add if add is not None else x, y, part,
-        count, y if squares is None else squares, *ahead,
-        rows, x.stride(0), y.stride(0), 0 if add is None else add.stride(0), eps,
-        N=outputs, K=k, GROUP=weight.group, BLOCK_T=block_t, BLOCK_N=tile.block_n, BLOCK_K=block_k,
-        SPLITS=tile.splits, SPAN=span, AHEAD=max(64, min(_AHEAD, triton.next_power_of_2(span // 4))),
-        STAGES=tile.stages, HAS_ZEROS=weight.zeros is not None, GATED=gate is not None, ACTIVATION=gate,
-        HAS_BIAS=bias is not None, HAS_ADD=add is not None, SQUARES=0 if squares is None else len(squares),
-        PARTS=1 if squares is None else triton.next_power_of_2(len(squares)),
-        NEXT=scaled is not None, ASM=x.is_cuda and torch.version.hip is None,
-        num_warps=tile.warps, **pdl_options(x),
+    launch = SplitProduct(
+        x, y, bias, eps=eps, gate=gate, add=add, next_norm=next_norm, tickets=tickets,
+        block_n=tile.block_n, block_t=block_t, splits=tile.splits,
     )  # fmt: skip
-    return y, scaled
+    if rows:
+        zeros = weight.scales if weight.zeros is None else weight.zeros
+        _int4_kernel[launch.grid](
+            values, weight.codes.view(torch.int16), weight.scales, zeros, *launch.arguments,
+            GROUP=weight.group, BLOCK_K=block_k, SPAN=span,
+            AHEAD=max(64, min(_AHEAD, triton.next_power_of_2(span // 4))), STAGES=tile.stages,
+            HAS_ZEROS=weight.zeros is not None, num_warps=tile.warps, **launch.constants,
+        )  # fmt: skip
+    return y, launch.scaled

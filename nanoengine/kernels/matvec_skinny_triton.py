@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -20,6 +19,7 @@ from torch import Tensor
 from nanoengine.kernels.activation import Activation
 from nanoengine.kernels.matvec_parts_triton import check, finish, halves, load_if, pick_rows, prefetch_rows, result
 from nanoengine.kernels.pdl_triton import pdl_options, release_dependents, wait_for_inputs
+from nanoengine.kernels.split_k_triton import come, parts_of
 
 _AHEAD = 256  # elements of each weight row that a program asks for before it waits
 
@@ -69,8 +69,7 @@ def _skinny_kernel(
         tl.store(mine + r * BLOCK_T + c[None, :], acc)
         if NORM:
             tl.store(mine + width * BLOCK_T + c, square)
-        tl.debug_barrier()  # every thread's part is written before one of them releases the ticket
-        if tl.atomic_add(ticket_ptr + tile, 1, sem="acq_rel", scope="gpu") < SPLITS - 1:
+        if come(ticket_ptr + tile) < SPLITS - 1:
             return
         tl.store(ticket_ptr + tile, 0)  # for the next launch
         acc = tl.zeros((width, BLOCK_T), tl.float32)
@@ -102,15 +101,6 @@ class SkinnyTile:
     splits: int = 1
 
 
-def tickets_on(device: torch.device) -> Tensor:
-    """Counters of the parts of each tile; zero between launches. Launches that share them must follow each other in
-    one stream."""
-    return torch.zeros(_MOST_TILES, dtype=torch.int32, device=device)
-
-
-_MOST_TILES = 1024
-
-
 def skinny(
     x: Tensor,
     weight: Tensor,
@@ -124,19 +114,14 @@ def skinny(
     out: Tensor | None = None,
     tickets: Tensor | None = None,
 ) -> Tensor:
-    """The product, of x normalised first if there is a norm. `tickets`: `tickets_on`, made anew without."""
+    """The product, of x normalised first if there is a norm. `tickets`: `split_k_triton.tickets_on`, or made anew."""
     rows, k = x.shape
     outputs = len(weight) // 2 if gate else len(weight)
     check(x, weight, add, outputs)
     y = result(x, outputs, out)
     block_t = min(tile.block_t, max(8, triton.next_power_of_2(rows)))
     grid = (triton.cdiv(outputs, tile.block_n), tile.splits, triton.cdiv(rows, block_t))
-    part = count = y
-    if tile.splits > 1:
-        assert grid[0] * grid[2] <= _MOST_TILES, grid
-        size = (tile.block_n * (2 if gate else 1) + 1) * block_t
-        part = torch.empty(grid[0] * grid[1] * grid[2] * size, dtype=torch.float32, device=x.device)
-        count = tickets_on(x.device) if tickets is None else tickets
+    part, count = parts_of(y, grid, (tile.block_n * (2 if gate else 1) + 1) * block_t, tickets)
     span = triton.cdiv(triton.cdiv(k, tile.splits), tile.block_k) * tile.block_k
     _skinny_kernel[grid](
         x, norm_weight if norm_weight is not None else x, weight, bias if bias is not None else x,

@@ -201,7 +201,7 @@ def matvec(
 ) -> Tensor:
     """As `matvec.matvec`, for up to `MAX_ROWS` rows.
 
-    `out`: contiguous; where the result goes. `tickets`: see `matvec_skinny_triton.tickets_on`.
+    `out`: contiguous; where the result goes. `tickets`: see `split_k_triton.tickets_on`.
     """
     rows, k = x.shape
     assert rows <= MAX_ROWS, rows

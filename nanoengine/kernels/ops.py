@@ -176,7 +176,7 @@ class TritonOps(Ops):
             rope_triton,
             route_triton,
         )
-        from nanoengine.kernels.matvec_skinny_triton import tickets_on
+        from nanoengine.kernels.split_k_triton import tickets_on
 
         self._norm, self._pointwise, self._rope, self._matvec = (
             rms_norm_triton,

@@ -22,6 +22,7 @@ from torch import Tensor
 from nanoengine.kernels.kv_quant import LARGEST, kv_dtype_of
 from nanoengine.kernels.paged_attention_plan import DecodeConfig, DecodeScratch, NewTokens, padded_head
 from nanoengine.kernels.pdl_triton import pdl_options, release_dependents, wait_for_inputs
+from nanoengine.kernels.split_k_triton import come
 
 Scales = tuple[Tensor, Tensor]
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -449,8 +450,7 @@ def _decode(
         lse += pair * (SPLITS * GROUP)
         tl.store(part + (split * GROUP + g)[:, None] * D + d[None, :], mixed, mask=rows_live)
         tl.store(lse + split * GROUP + g, top + tl.log2(total), mask=g < GROUP)
-        tl.debug_barrier()  # every thread's part is written before one of them releases the ticket
-        if tl.atomic_add(tickets + pair, 1, sem="acq_rel", scope="gpu") == used - 1:
+        if come(tickets + pair) == used - 1:
             _combine(part, lse, out + to, used, GROUP, GROUP_P2, D, D_PAD)
             tl.store(tickets + pair, 0)  # for the next launch
 

@@ -26,6 +26,7 @@ from nanoengine.kernels.paged_attention_decode_triton import (
 )
 from nanoengine.kernels.paged_attention_plan import SeveralConfig, padded_head
 from nanoengine.kernels.pdl_triton import pdl_options, release_dependents, wait_for_inputs
+from nanoengine.kernels.split_k_triton import come
 
 _AT_ONCE = tl.constexpr(8)  # parts whose loads are in flight together
 
@@ -192,8 +193,7 @@ def _decode_several(
         tl.store(part + (split * rows + m)[:, None] * D + d[None, :], mixed, mask=live)
         mark = tl.where(none, float("-inf"), top + tl.log2(tl.where(none, 1.0, total)))
         tl.store(lse + split * rows + m, mark, mask=m < pairs)
-        tl.debug_barrier()  # every thread's part is written before one of them releases the ticket
-        if tl.atomic_add(tickets + pair, 1, sem="acq_rel", scope="gpu") == used - 1:
+        if come(tickets + pair) == used - 1:
             to = out + first.to(tl.int64) * stride + kv_head * (GROUP * D)
             _combine(part, lse, to, used, pairs, stride, rows, GROUP, D, D_PAD)
             tl.store(tickets + pair, 0)  # for the next launch

@@ -13,8 +13,8 @@ from nanoengine.kernels.gguf import BLOCK_TYPES
 from nanoengine.kernels.gguf_decode_triton import PLANES, planar
 from nanoengine.kernels.gguf_few_triton import FewTile, few
 from nanoengine.kernels.gguf_triton import BlockTile, one, tiled
-from nanoengine.kernels.matvec_skinny_triton import tickets_on
 from nanoengine.kernels.rms_norm import add_rms_norm
+from nanoengine.kernels.split_k_triton import tickets_on
 
 EPS = 1e-6
 

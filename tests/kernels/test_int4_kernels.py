@@ -15,7 +15,7 @@ from nanoengine.kernels.cpu.twin import product
 from nanoengine.kernels.int4 import Int4Weight, dequantise, pack_codes, unpack_codes
 from nanoengine.kernels.int4_cpu import int4_linear, int4_tiles
 from nanoengine.kernels.int4_triton import Int4Tile
-from nanoengine.kernels.matvec_skinny_triton import tickets_on
+from nanoengine.kernels.split_k_triton import tickets_on
 
 
 def weight_of(rand, outputs: int, inputs: int, group: int, *, zeros: bool = True) -> Int4Weight:

@@ -13,8 +13,9 @@ from nanoengine.kernels.matvec import matvec as reference
 from nanoengine.kernels.matvec import norm_matvec as norm_reference
 from nanoengine.kernels.matvec_held_triton import SLICES, HeldTile, held
 from nanoengine.kernels.matvec_large_triton import LargeTile, large
-from nanoengine.kernels.matvec_skinny_triton import SkinnyTile, skinny, tickets_on
+from nanoengine.kernels.matvec_skinny_triton import SkinnyTile, skinny
 from nanoengine.kernels.matvec_triton import GemvTile, gemv, matvec, norm_matvec
+from nanoengine.kernels.split_k_triton import tickets_on
 
 EPS = 1e-6
 ROWS = [1, 2, 3, 9, 17]

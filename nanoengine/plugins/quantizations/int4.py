@@ -222,7 +222,7 @@ def _piece(layer: WeightLayer, number: int, rows: slice, weight: Int4Weight, ord
     if layer.ops.name != "triton":
         return _Piece(rows, order, partial(int4.int4_linear, weight=weight))
     from nanoengine.kernels import int4_triton
-    from nanoengine.kernels.matvec_skinny_triton import tickets_on
+    from nanoengine.kernels.split_k_triton import tickets_on
 
     given: dict[str, Any] = {"weight": weight, "tickets": tickets_on(codes.device)}
     prepared = partial(int4_triton.product, **given)

@@ -48,6 +48,28 @@ class Scaled:
     squares: Tensor
 
 
+class Ahead:
+    """The last sum that a product wrote down, and what the norm behind it needs of it."""
+
+    def __init__(self) -> None:
+        self._sum: tuple[Tensor, Scaled] | None = None
+
+    def kept(self, total: Tensor, scaled: Scaled | None) -> Tensor:
+        """Returns `total`."""
+        self._sum = None if scaled is None else (total, scaled)
+        return total
+
+    def drop(self) -> None:
+        self._sum = None
+
+    def taken(self, x: Tensor, residual: Tensor | None, norm_weight: Tensor) -> Scaled | None:
+        """Of x, for a norm with this weight; None: x is another tensor, or is to be added to. It is dropped."""
+        found, self._sum = self._sum, None
+        if found is None or residual is not None or found[0] is not x or found[1].norm_weight is not norm_weight:
+            return None
+        return found[1]
+
+
 def matmul(
     x: Tensor | Scaled,
     weight: Tensor,

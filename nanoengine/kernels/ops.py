@@ -22,7 +22,7 @@ from nanoengine.kernels.cpu import Library, load
 from nanoengine.kernels.experts import RealTokens as RealTokens
 from nanoengine.kernels.experts import Routing as Routing
 from nanoengine.kernels.linear import linear
-from nanoengine.kernels.matmul import Scaled
+from nanoengine.kernels.matmul import Ahead
 from nanoengine.kernels.matvec import use_matvec
 
 _log = logging.getLogger(__name__)
@@ -191,7 +191,7 @@ class TritonOps(Ops):
         self._tickets: Tensor | None = None
         self._products = matmul_launch.Products() if products else None
         self.prepares_norms = products
-        self._ahead: tuple[Tensor, Scaled] | None = None  # the last sum, and what its norm needs of it
+        self._ahead = Ahead()
 
     def embedding(self, ids: Tensor, weight: Tensor) -> Tensor:
         return self._embedding(ids, weight) if ids.dim() == 1 else super().embedding(ids, weight)
@@ -238,10 +238,10 @@ class TritonOps(Ops):
         *,
         gate: Activation | None = None,
     ) -> tuple[Tensor, Tensor]:
-        ahead, self._ahead = self._ahead, None
+        scaled = self._ahead.taken(x, residual, norm_weight)
         if self._products is not None and self._products.takes(x, weight, bias, gate):
-            if ahead is not None and ahead[0] is x and ahead[1].norm_weight is norm_weight:
-                return self._products(ahead[1], weight, eps=eps, gate=gate)[0], x
+            if scaled is not None:
+                return self._products(scaled, weight, eps=eps, gate=gate)[0], x
             if len(x) > self._matvec.MAX_ROWS:
                 normed, total = self.add_rms_norm(x, residual, norm_weight, eps)
                 return self._products(normed, weight, gate=gate)[0], total
@@ -259,12 +259,9 @@ class TritonOps(Ops):
         *,
         next_norm: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        self._ahead = None
+        self._ahead.drop()
         if self._products is not None and self._products.takes(x, weight, bias):
-            total, scaled = self._products(x, weight, add=residual, next_norm=next_norm)
-            if scaled is not None:
-                self._ahead = total, scaled
-            return total, None
+            return self._ahead.kept(*self._products(x, weight, add=residual, next_norm=next_norm)), None
         if self._few(x, weight):
             tickets = self._tickets_on(x.device)
             return self._matvec.matvec(x, weight, bias, add=residual, tickets=tickets), None

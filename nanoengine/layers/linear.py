@@ -53,9 +53,8 @@ class Unquantised(LinearMethod):
     def apply_added(
         self, layer: WeightLayer, x: Tensor, bias: Tensor | None, residual: Tensor
     ) -> tuple[Tensor, Tensor | None]:
-        norm = layer.next_norm if isinstance(layer, ParallelLinear) else None
-        next_norm = None if norm is None else norm.weight
-        return layer.ops.linear_add(x, layer.get_parameter("weight"), bias, residual, next_norm=next_norm)
+        weight, next_norm = layer.get_parameter("weight"), next_norm_weight(layer)
+        return layer.ops.linear_add(x, weight, bias, residual, next_norm=next_norm)
 
 
 class ParallelLinear(Linear, WeightLayer):
@@ -235,6 +234,12 @@ def normed(
     if isinstance(layer, Linear):
         return layer.normed(norm, x, residual, gate=gate)
     return Linear.normed(cast(Linear, layer), norm, x, residual, gate=gate)
+
+
+def next_norm_weight(layer: WeightLayer) -> Tensor | None:
+    """The weight of `ParallelLinear.next_norm`; None: the layer has none."""
+    norm = layer.next_norm if isinstance(layer, ParallelLinear) else None
+    return None if norm is None else norm.weight
 
 
 def name_next_norm(layer: nn.Module, norm: Norm) -> None:

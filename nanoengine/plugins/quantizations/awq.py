@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Self
 
 from nanoengine.api import ExpertsMethod, LayerInfo, LinearMethod, Quantization, QuantizationContext, is_ignored
-from nanoengine.plugins.quantizations.ahead import Ahead
+from nanoengine.kernels.matmul import Ahead
 from nanoengine.plugins.quantizations.int4 import Int4
 from nanoengine.plugins.quantizations.int4_config import Int4Config, refused_experts
 from nanoengine.plugins.quantizations.int4_layouts import AWQ

@@ -17,8 +17,8 @@ from nanoengine.api import (
     is_ignored,
 )
 from nanoengine.kernels.eight_bit import Inputs
+from nanoengine.kernels.matmul import Ahead
 from nanoengine.layers.hf_config import shown
-from nanoengine.plugins.quantizations.ahead import Ahead
 from nanoengine.plugins.quantizations.eight_bit import FP8, INT8, EightBitLinear, Scheme
 from nanoengine.plugins.quantizations.eight_bit_experts import EightBitExperts
 from nanoengine.plugins.quantizations.eight_bit_packed import PackedEightBit

@@ -25,9 +25,10 @@ from nanoengine.api import (
 )
 from nanoengine.kernels.activation import Activation
 from nanoengine.kernels.gguf import BLOCK_TYPES, dequantise
+from nanoengine.kernels.matmul import Ahead
 from nanoengine.layers.linear import Unquantised
 from nanoengine.layers.quantised import divided
-from nanoengine.plugins.quantizations.ahead import Ahead, next_norm_of
+from nanoengine.plugins.quantizations.ahead import next_norm_of
 from nanoengine.plugins.quantizations.gguf_stores import Store, store_for
 
 _KEYS = frozenset({"quant_method", "types", "expanded"})

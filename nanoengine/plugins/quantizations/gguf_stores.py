@@ -11,8 +11,8 @@ from torch import Tensor
 from nanoengine.api import Norm, WeightLayer
 from nanoengine.kernels import gguf
 from nanoengine.kernels.activation import Activation
+from nanoengine.kernels.matmul import Ahead
 from nanoengine.kernels.ops import CpuOps, Ops
-from nanoengine.plugins.quantizations.ahead import Ahead
 
 
 class Store(ABC):

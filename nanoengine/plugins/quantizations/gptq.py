@@ -16,7 +16,7 @@ from nanoengine.api import (
     QuantizationContext,
     is_ignored,
 )
-from nanoengine.plugins.quantizations.ahead import Ahead
+from nanoengine.kernels.matmul import Ahead
 from nanoengine.plugins.quantizations.int4 import Int4
 from nanoengine.plugins.quantizations.int4_config import Int4Config, refused_experts
 from nanoengine.plugins.quantizations.int4_layouts import GPTQ, GPTQ_V1, Int4Format

@@ -15,11 +15,11 @@ from nanoengine.kernels import int4, int4_cpu
 from nanoengine.kernels.activation import Activation
 from nanoengine.kernels.int4 import SYMMETRIC_ZERO, UNIT, Int4Weight
 from nanoengine.kernels.int4_cpu import int4_tiles
-from nanoengine.kernels.matmul import Scaled
+from nanoengine.kernels.matmul import Ahead, Scaled
 from nanoengine.kernels.ops import CpuOps
 from nanoengine.layers.quantised import divided, one_each, per_output, transposed
 from nanoengine.plugins.quantizations import int4_layouts as layouts
-from nanoengine.plugins.quantizations.ahead import Ahead, next_norm_of
+from nanoengine.plugins.quantizations.ahead import next_norm_of
 from nanoengine.plugins.quantizations.int4_layouts import Int4Format
 
 _BIAS = "bias:"  # of each part, of layers that have none in the model

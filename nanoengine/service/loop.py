@@ -290,9 +290,10 @@ class EngineService:
         if steps := self.engine.has_unfinished_requests():
             began, busy = time.monotonic(), bool(self.engine.scheduler.running)
             self.engine.advance()
+            stepped = time.monotonic()
+            self._flush()  # before anything else: clients wait for it
             if self.meter is not None and (busy or self._fed):
-                self._measure(self.meter, began, time.monotonic())
-            self._flush()  # before new requests are taken, of which there may be many
+                self._measure(self.meter, began, stepped)
         self.inbox.read(0.0 if steps else BEAT_SECONDS)
         while self._calls:
             self._calls.popleft()()

@@ -294,14 +294,14 @@ class EngineService:
             self._flush()  # before anything else: clients wait for it
             if self.meter is not None and (busy or self._fed):
                 self._measure(self.meter, began, stepped)
-        self.inbox.read(0.0 if steps else BEAT_SECONDS)
+        self.inbox.read(0.0 if steps else self._until_beat())
         while self._calls:
             self._calls.popleft()()
         self.turned_at = now = time.monotonic()
         if self._queue.is_followed:
             self._follow(now)
         self._flush()
-        if now - self.progress_at >= BEAT_SECONDS or not self._open:
+        if not self._until_beat():
             self._beat(now)
 
     def _measure(self, meter: Meter, began: float, now: float) -> None:
@@ -312,6 +312,9 @@ class EngineService:
             entry.fed_at = now
         meter.step(now - began, {now - before: count for before, count in gaps.items()}, self._queued)
         self._fed, self._queued = [], []
+
+    def _until_beat(self) -> float:
+        return max(0.0, self.progress_at + BEAT_SECONDS - time.monotonic())
 
     def _beat(self, now: float) -> None:
         self.progress_at = now

@@ -13,7 +13,7 @@ import pytest
 
 from nanoengine import LLM, SamplingParams
 from nanoengine.api.errors import EngineUnavailable, ParamsError, RequestError, WorkerError
-from nanoengine.service import connection
+from nanoengine.service import connection, loop
 from nanoengine.service.client import ClientRequest, ServiceStats, Usage
 from nanoengine.service.connection import Connection
 from nanoengine.service.contracts import Limits, Meter
@@ -459,6 +459,26 @@ def test_a_client_whose_output_raises_loses_its_requests_alone(llm: LLM) -> None
         await until(lambda: not service.stats().requests)
 
     on(llm, "local", main)
+
+
+def test_the_end_of_a_request_is_no_reason_for_a_beat(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would wake the processes of all clients; a beat is due when nothing was said for a while."""
+    monkeypatch.setattr(loop, "BEAT_SECONDS", 600.0)
+    beats = list[None]()
+
+    class Watched:
+        def deliver(self, batch: Any) -> None: ...
+        def ended(self, cause: Any, batch: Any) -> None: ...
+        def beat(self) -> None:
+            beats.append(None)
+
+    async def main(client: Any, service: EngineService) -> None:
+        service.join(Watched())
+        for index in range(10):
+            assert await tokens(client, request(f"r{index}", [1, 2], max_tokens=3)) == greedy([1, 2], 3)
+
+    on(llm, "remote", main)
+    assert not beats
 
 
 def test_requests_are_added_by_the_thread_that_makes_the_steps(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 from nanoengine.api.checks import CheckedModel
 from nanoengine.api.model import ForwardBatch
 from nanoengine.core.execution.finish_step import CapturedTail
-from nanoengine.core.execution.step_inputs import GatheredStep, StepBuffers, StepSize, blank_plan
+from nanoengine.core.execution.step_inputs import GatheredStep, StepBuffers, StepSize
 from nanoengine.core.step import Int64, StepPlan, SuppliedColumn
 
 
@@ -71,7 +71,7 @@ class StepGraphs:
     def run(self, size: StepSize) -> Tensor:
         """Inputs, forward pass and output layer over the static buffers, as a graph captures them: logits of each row's
         last token, or of all, [size.logits, V / tp]. What the host sends, or gathers for the graph, is not captured."""
-        plan = blank_plan(size, self.buffers.tables.dummy_slot, self.buffers.limits.max_model_len - size.query_len)
+        plan = self.buffers.blank_plan(size)
         if not torch.cuda.is_current_stream_capturing():
             self.prepare(plan, size)
         if self.sizes.inputs:

@@ -120,21 +120,6 @@ def decode_plan(slots: Int32, start: int) -> StepPlan:
     )
 
 
-def blank_plan(size: StepSize, dummy_slot: int, start: int) -> StepPlan:
-    """A step of that size in which each decode row is the dummy slot's, at position `start`, and prefill rows have no
-    token: what a graph is captured on."""
-    plan = decode_plan(np.full(size.rows, dummy_slot, dtype=np.int32), start)
-    if size.plain:
-        return plan
-    if size.query_len > 1:
-        index = np.arange(size.tokens, dtype=np.int32)
-        lens, rows = np.full(size.rows, size.query_len, np.int32), index // size.query_len
-        sampled = np.ones_like(index, np.bool_)
-        return replace(plan, drafts=lens - 1, query_lens=lens, logits_index=index, logits_rows=rows, sampled=sampled)
-    lens = (plan.logits_rows < size.decode_rows).astype(np.int32)
-    return replace(plan, num_decode_rows=size.decode_rows, query_lens=lens, logits_index=np.zeros_like(plan.slots))
-
-
 @dataclass(frozen=True, slots=True)
 class StepRows:
     """Rows of a step on the device, int32.
@@ -202,6 +187,21 @@ class StepBuffers:
             block_tables=torch.zeros(groups, rows, limits.max_blocks, dtype=torch.int32, device=device),
         )
         self._plain_start_loc = torch.arange(rows + 1, dtype=torch.int32, device=device)
+
+    def blank_plan(self, size: StepSize) -> StepPlan:
+        """A step of that size in which each decode row is the dummy slot's, at the last position, and prefill rows have
+        no token: what a graph is captured on."""
+        slots = np.full(size.rows, self.tables.dummy_slot, dtype=np.int32)
+        plan = decode_plan(slots, self.limits.max_model_len - size.query_len)
+        if size.plain:
+            return plan
+        if size.query_len > 1:
+            index = np.arange(size.tokens, dtype=np.int32)
+            lens, sampled = np.full(size.rows, size.query_len, np.int32), np.ones_like(index, np.bool_)
+            plan = replace(plan, drafts=lens - 1, query_lens=lens, logits_index=index, sampled=sampled)
+            return replace(plan, logits_rows=index // size.query_len)
+        lens = (plan.logits_rows < size.decode_rows).astype(np.int32)
+        return replace(plan, num_decode_rows=size.decode_rows, query_lens=lens, logits_index=np.zeros_like(plan.slots))
 
     def gather(self, plan: StepPlan) -> GatheredStep:
         """The inputs of an eager step: one upload, the pending writes to the tables, and the gathering."""

@@ -175,6 +175,8 @@ class _Capture:
 
     def _capture(self, size: StepSize, kind: int | None) -> None:
         graphs = self._graphs
+        if not graphs.sizes.inputs:  # a backend was filled last for another size
+            graphs.prepare(graphs.buffers.blank_plan(size), size)
         if kind is None:
             graphs.passes[size, None], graphs.logits[size] = self._made(partial(graphs.run, size))
         else:

@@ -37,7 +37,6 @@ from nanoengine.service.tracing import traced
 
 _MERGE_AT = 4096  # deltas that could not be sent
 _MOST_UNSENT = 64 << 20  # bytes of answers that could not be sent
-_READ = 1 << 18
 _LATE_SECONDS = 0.5  # that the step loop may take until the event loop's thread does its work
 _log = logging.getLogger(__name__)
 
@@ -150,7 +149,7 @@ class Connection:
     def _received(self) -> bytes | None:
         """b"": the client is gone. None: nothing came."""
         try:
-            return None if self._closed else self._socket.recv(_READ)
+            return None if self._closed else self._reader.receive(self._socket)
         except (BlockingIOError, InterruptedError):
             return None
         except OSError:

@@ -36,6 +36,7 @@ from nanoengine.service.client import ClientRequest, EngineInfo, ServiceStats, U
 _HEAD = struct.Struct("=II")
 _LONGEST = 1e9  # seconds
 MOST_BYTES = 256 << 20  # of a frame
+_READ = 1 << 18
 
 
 class Kind(IntEnum):
@@ -80,6 +81,11 @@ class FrameReader:
 
     def __init__(self) -> None:
         self._data = bytearray()
+        self._room = memoryview(bytearray(_READ))  # `recv` would allocate so much each time, for frames of some bytes
+
+    def receive(self, sock: socket.socket) -> bytes:
+        """What has come; b"" at the end of the stream. Raises `OSError`."""
+        return bytes(self._room[: sock.recv_into(self._room)])
 
     def feed(self, data: bytes) -> Iterator[tuple[Kind, bytes]]:
         """The frames that are complete now. Raises `ProtocolError`."""

@@ -34,7 +34,6 @@ from nanoengine.service.trials import Trials
 
 RESUME_SECONDS = 300.0
 _MOST_UNSENT = 256 << 20
-_READ = 1 << 18
 _log = logging.getLogger(__name__)
 
 
@@ -306,7 +305,7 @@ class RemoteClient:
         sock = self._socket
         assert sock is not None
         try:
-            data = sock.recv(_READ)
+            data = self._reader.receive(sock)
         except (BlockingIOError, InterruptedError):
             return
         except OSError:

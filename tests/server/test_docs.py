@@ -18,8 +18,14 @@ import pytest
 from typer.testing import CliRunner
 
 from nanoengine.cli.app import app
+from nanoengine.params.sampling_fields import CORE_TYPES
 from nanoengine.server.auth import configured_keys
 from nanoengine.server.config import ServerConfig, server_config
+from nanoengine.server.protocol.base import RequestModel
+from nanoengine.server.protocol.chat import ChatRequest
+from nanoengine.server.protocol.completions import CompletionRequest
+from nanoengine.server.protocol.messages import MessagesRequest
+from nanoengine.server.protocol.responses import ResponsesRequest
 from nanoengine.setup.config.config import load_config
 from tests.server.mock_server import PLUGIN, mock_folder
 from tests.server.running import Running
@@ -127,3 +133,32 @@ def test_the_page_has_every_key_of_the_section() -> None:
         for key in re.findall("`([a-z_.]+)`", row)
     ]
     assert sorted(documented) == sorted(keys(ServerConfig))
+
+
+SECTIONS: dict[str, tuple[type[RequestModel], ...]] = {
+    "Completions and chat completions": (CompletionRequest, ChatRequest),
+    "Messages": (MessagesRequest,),
+    "Responses": (ResponsesRequest,),
+}
+
+
+@pytest.mark.parametrize("title", SECTIONS)
+def test_the_table_of_the_page_has_every_field(title: str) -> None:
+    """Those of sampling are in the reference."""
+    section = PAGES["docs/http-api.md"].partition(f"\n## {title}\n")[2].partition("\n## ")[0]
+    table = section.partition("\n| field | |\n")[2].partition("\n\n")[0]
+    first = [row.split(" | ")[0] for row in table.splitlines()]
+    documented = [name for cell in first for name in re.findall("`([a-z_.]+)`", cell)]
+    assert len(documented) == len(set(documented))
+    models = SECTIONS[title]
+    assert not [name for name in documented if not any(_has(model, name) for model in models)]
+    fields = {name for model in models for name in model.model_fields}
+    assert not fields - {name.partition(".")[0] for name in documented} - set(CORE_TYPES)
+
+
+def _has(model: type[RequestModel], path: str) -> bool:
+    name, _, inner = path.partition(".")
+    field = model.model_fields.get(name)
+    if field is None or not inner:
+        return field is not None
+    return any(_has(part, inner) for part in typing.get_args(field.annotation) if part is not type(None))

@@ -108,8 +108,8 @@ def log_probs(llm: LLM, prompt: list[int]) -> tuple[list[int], list[float]]:
 
 
 def engine(path: Path, **options: Any) -> LLM:
-    given = {"max_model_len": 64, "num_gpu_blocks_override": 32, "skip_tokenizer_init": True, **options}
-    return LLM(path, plugins=[feature_models], **given)
+    given = {"dtype": "float32", "max_model_len": 64, "num_gpu_blocks_override": 32, **options}  # on a GPU too
+    return LLM(path, skip_tokenizer_init=True, plugins=[feature_models], **given)
 
 
 def agrees(path: Path, prompt: list[int], found: tuple[list[int], list[float]], **instead: Any) -> bool:

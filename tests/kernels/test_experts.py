@@ -1,7 +1,7 @@
 """Experts in Triton, by either route, and in torch.
 
-Most data are small integers with gates so high that their sigmoid is 1: then every sum is exact in any order, and all
-routes must give the same bits.
+Most data are small integers with gates so high that their sigmoid is 1: then every sum is exact in any order, what an
+expert makes has at most the 8 bits of bfloat16, and all routes must give the same bits.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Case:
     """x, ids, weights, gate_up, down in order; and the biases."""
 
     tensors: tuple[Tensor, ...]
-    biases: dict[str, Tensor]
+    biases: dict[str, Tensor | None]
 
     def run(self, kernel: Any, **around: Any) -> Tensor:
         x = self.tensors[0]
@@ -46,6 +46,12 @@ class Case:
         if kernel in (reference.experts, experts_triton.experts):
             return kernel(*self.tensors, **given)
         return kernel(*self.tensors, **given, out=torch.full_like(x.contiguous(), float("nan")))
+
+    def wide(self) -> Case:
+        """The same in float32."""
+        x, ids, weights, gate_up, down = self.tensors
+        biases = {name: None if bias is None else bias.float() for name, bias in self.biases.items()}
+        return Case((x.float(), ids, weights, gate_up.float(), down.float()), biases)
 
 
 def chosen(kind: str, rows: int, experts: int, top_k: int, random: torch.Generator) -> Tensor:
@@ -72,9 +78,10 @@ def integers(
     x, gate_up, down = whole(0, 1, rows, hidden), whole(-1, 1, experts, 2 * inner, hidden), whole(
         0, 1, experts, hidden, inner)  # fmt: skip
     gate_up *= (torch.rand(gate_up.shape, generator=random) < 0.1).to(device)
+    down *= (torch.rand(down.shape, generator=random) < 0.12).to(device)
     weights = torch.randint(1, 4, (rows, top_k), generator=random).float().to(device) / 4
     biases = {
-        "gate_up_bias": torch.cat((whole(24, 26, experts, inner), whole(-2, 2, experts, inner)), 1),
+        "gate_up_bias": torch.cat((whole(21, 23, experts, inner), whole(-1, 1, experts, inner)), 1),
         "down_bias": whole(-3, 3, experts, hidden),
     }
     ids = chosen(kind, rows, experts, top_k, random).to(device)
@@ -97,7 +104,9 @@ def test_agrees_to_the_bit(device, dtype, kernel, kind, sizes, many) -> None:
         case = integers(kind, rows, sizes, device, dtype, seed=rows)
         add = torch.randint(-9, 9, (rows, sizes[2])).to(device, dtype)
         want = case.run(reference.experts, add=add)
-        assert want.isfinite().all()
+        assert torch.equal(want, case.wide().run(reference.experts, add=add).to(dtype)), (
+            "nothing but the result is rounded"
+        )
         assert want.unique().numel() > 9
         assert torch.equal(case.run(kernel, add=add), want)
 
@@ -105,23 +114,21 @@ def test_agrees_to_the_bit(device, dtype, kernel, kind, sizes, many) -> None:
 @pytest.mark.parametrize("kernel", ROUTES.values(), ids=ROUTES)
 @pytest.mark.parametrize(("activation", "with_bias"), [("silu", False), ("gelu_tanh", True), ("swiglu_clamped", True)])
 def test_agrees(rand, assert_close, device, kernel, activation, with_bias) -> None:
-    """Against float32; what the experts make between gate and down is rounded."""
+    """Against float32. Rounded are what goes into down, perhaps what comes out of it, and the sum: each by half of the
+    dtype's spacing at the most, and by a quarter of it in the mean square. The default bound is all of it."""
     rows, experts, top_k, hidden, inner = 3, 7, 3, 40, 36
     ids = chosen("spread", rows, experts, top_k, torch.Generator().manual_seed(3)).to(device)
     x, weights = rand(rows, hidden), rand(rows, top_k).float().abs()
     gate_up, down = rand(experts, 2 * inner, hidden), rand(experts, hidden, inner)
     biases = {"gate_up_bias": rand(experts, 2 * inner), "down_bias": rand(experts, hidden)}
-    biases = biases if with_bias else dict.fromkeys(biases)
-    case = Case((x, ids, weights, gate_up, down), biases)
-    wide = Case(
-        (x.float(), ids, weights, gate_up.float(), down.float()),
-        {name: None if bias is None else bias.float() for name, bias in biases.items()},
+    case = Case((x, ids, weights, gate_up, down), biases if with_bias else dict.fromkeys(biases))
+    bound = 2e-5 if x.dtype == torch.float32 else None
+    assert_close(
+        case.run(kernel, activation=activation), case.wide().run(reference.experts, activation=activation), bound
     )
-    want = wide.run(reference.experts, activation=activation)
-    assert_close(case.run(kernel, activation=activation), want, 2e-5 if x.dtype == torch.float32 else 2e-3)
-    other = wide.run(reference.experts, activation="gelu_tanh" if activation == "silu" else "silu")
+    other = case.wide().run(reference.experts, activation="gelu_tanh" if activation == "silu" else "silu")
     with pytest.raises(AssertionError, match="relative error"):
-        assert_close(case.run(kernel, activation=activation), other, 2e-3)
+        assert_close(case.run(kernel, activation=activation), other, bound)
 
 
 @pytest.mark.parametrize("kernel", [reference.experts, few, grouped], ids=["torch", "few", "grouped"])
@@ -151,8 +158,8 @@ def test_a_token_of_nan_fails_alone(device, dtype, kernel) -> None:
 
 
 @pytest.mark.parametrize("kernel", [reference.experts, few, grouped], ids=["torch", "few", "grouped"])
-def test_shares_of_the_experts_add_up(device, dtype, kernel) -> None:
-    """As ranks hold them: whole experts, with the numbers that they have among all."""
+def test_shares_of_the_experts_add_up(assert_close, device, dtype, kernel) -> None:
+    """As ranks hold them: whole experts, with the numbers that they have among all. bfloat16 rounds their sums."""
     ranks = 3
     case = integers("padding", 4, (9, 3, 40, 20), device, dtype)
     x, ids, weights, gate_up, down = case.tensors
@@ -161,7 +168,7 @@ def test_shares_of_the_experts_add_up(device, dtype, kernel) -> None:
         held = slice(9 * rank // ranks, 9 * (rank + 1) // ranks)
         share = Case((x, ids, weights, gate_up[held], down[held]), {k: b[held] for k, b in case.biases.items()})
         total += share.run(kernel, first=held.start).float()
-    assert torch.equal(total.to(dtype), case.run(reference.experts))
+    assert_close(total.to(dtype), case.run(reference.experts), None if dtype == torch.bfloat16 else 0.0)
 
 
 @pytest.mark.parametrize("rows", [3, 9])

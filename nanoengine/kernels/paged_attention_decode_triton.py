@@ -288,9 +288,12 @@ def _decode(
     GROUP_P2: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr, SPLITS: tl.constexpr,
     SCALE: tl.constexpr, WINDOW: tl.constexpr,
     SOFT_CAP: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr,
-    SINKS: tl.constexpr, SCALED: tl.constexpr, ASM: tl.constexpr,
+    SINKS: tl.constexpr, SCALED: tl.constexpr, ASM: tl.constexpr, BESIDE: tl.constexpr,
 ):  # fmt: skip
-    """FUSED: q is qkv; this kernel normalises and rotates q and the newest key, and stores that key and its value.
+    """BESIDE: the kernel in front lets this one start behind its own wait, and what it writes is not read here: so
+    this one waits at its end, and runs beside it.
+
+    FUSED: q is qkv; this kernel normalises and rotates q and the newest key, and stores that key and its value.
 
     What the cache holds of earlier steps may then be read before the wait, and with HELD each program's first tile is:
     it lies in registers when qkv comes.
@@ -356,7 +359,7 @@ def _decode(
         if WINDOW > 0:
             held_seen = held_seen & (held_keys >= length - WINDOW)
         begin += TILE
-    wait_for_inputs(PDL)
+    wait_for_inputs(PDL and not BESIDE)
     if not FUSED:
         release_dependents(PDL)
     if split >= used:
@@ -453,6 +456,7 @@ def _decode(
         if come(tickets + pair) == used - 1:
             _combine(part, lse, out + to, used, GROUP, GROUP_P2, D, D_PAD)
             tl.store(tickets + pair, 0)  # for the next launch
+    wait_for_inputs(PDL and BESIDE)
 
 
 def store_kv(
@@ -488,6 +492,7 @@ def attend_decode(
     new: NewTokens | None = None,
     sinks: Tensor | None = None,
     scales: Scales | None = None,
+    beside: bool = False,
 ) -> None:
     """One query a row: q [B, heads, head_size] into `out`, the same shape and contiguous.
 
@@ -496,6 +501,7 @@ def attend_decode(
 
     `sinks`: float [heads], a score of each head that takes part in the softmax and has no value.
     `scales`: of K and V, float32 [blocks, kv_heads, block_size]: the caches have codes (`kv_quant`); not with `new`.
+    `beside`: the launch in front is `attend_prefill` of other rows, and both run at the same time.
     `block_tables` int32 [B, blocks], `seq_lens` int32 [B], of at least 1; both are read on the device alone.
     """
     rows, heads, width = out.shape
@@ -521,7 +527,7 @@ def attend_decode(
         SCALE=scale, WINDOW=window or 0, SOFT_CAP=soft_cap or 0.0, STAGES=config.stages,
         AHEAD=config.ahead,
         SINKS=sinks is not None, SCALED=scales is not None, ASM=q.is_cuda and torch.version.hip is None,
-        num_warps=config.warps, **pdl_options(q),
+        BESIDE=beside, num_warps=config.warps, **pdl_options(q),
     )  # fmt: skip
 
 

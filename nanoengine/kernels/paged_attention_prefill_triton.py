@@ -226,7 +226,6 @@ def attend_prefill(
     window: int | None,
     soft_cap: float | None,
     config: PrefillConfig | None = None,
-    chained: bool = True,
     sinks: Tensor | None = None,
     causal: bool = True,
     scales: Scales | None = None,
@@ -235,9 +234,8 @@ def attend_prefill(
 
     Row r's are tokens query_start_loc[r] .. query_start_loc[r + 1] (int32 [R + 1], on the device, which may begin above
     0: earlier tokens are left alone), the last of its seq_lens[r] (int32 [R]) tokens; `block_tables` int32 [R, blocks].
-    Tokens behind the last row come out as zeros. `chained`: launched as a link of a chain of kernels (`pdl_triton`);
-    not at the start of a branch of its own. `sinks`, `scales`: as in `attend_decode`. `causal` False: queries see all
-    keys of their row; with a window, those that are less than `window` positions before or behind.
+    Tokens behind the last row come out as zeros. `sinks`, `scales`: as in `attend_decode`. `causal` False: queries see
+    all keys of their row; with a window, those that are less than `window` positions before or behind.
     """
     tokens, heads, width = q.shape
     rows, (kv_heads, block_size) = len(seq_lens), k_cache.shape[1:3]
@@ -255,5 +253,5 @@ def attend_prefill(
         SOFT_CAP=soft_cap or 0.0, STAGES=config.stages, SINKS=sinks is not None, CAUSAL=causal,
         SCALED=scales is not None,
         num_warps=config.warps,
-        **(pdl_options(q) if chained else {"PDL": False}),
+        **pdl_options(q),
     )  # fmt: skip

@@ -11,7 +11,8 @@ they start when everything before them is complete. What changes weights must be
 One exception: a kernel that lets the next one start behind its own wait thereby says that everything before itself is
 complete. All that follow may read that before their waits, past this multiprocessor's cache (`.cg`) if an older value
 was read a kernel or two ago. So do the kernels of a step's inputs and the embedding: what the host sends, and what is
-gathered, is complete before the first layer.
+gathered, is complete before the first layer. Decode behind the prefill attention of other rows even reads and writes
+before its wait, which stands at its end: so both run at the same time, and what follows still finds both complete.
 """
 
 # mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls

@@ -8,8 +8,6 @@ the numbers of rows and tokens and on `BatchLimits`.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
 import torch
@@ -38,9 +36,6 @@ _MIN_COMPUTE_CAPABILITY = (8, 0)  # asynchronous copies; bf16 in tensor cores
 _FP8_COMPUTE_CAPABILITY = (8, 9)
 _DECODE_QUERIES = 16  # more are prefill rows, whose keys are not split over programs
 _MAX_HEAD_SIZE = 256  # because a query's accumulator is in registers
-# Decode is limited by memory, prefill by latency and arithmetic, so in a mixed graph they run at the same time. The
-# kernel after two branches must be a plain one (see `pdl_triton`); products of so many rows are.
-_BESIDE_TOKENS = 128
 
 
 class TritonPaged(AttentionBackend):
@@ -89,7 +84,6 @@ class TritonPaged(AttentionBackend):
         self._scales: Tensor | None = None
         self._inputs: StepInputs | None = None
         self._most_queries = 1  # of a decode row of any step so far
-        self._side: torch.cuda.Stream | None = None
 
     def _longest(self) -> int:
         """The largest number of keys that a query of this group attends to."""
@@ -146,25 +140,22 @@ class TritonPaged(AttentionBackend):
         total, queries = len(inputs.seq_lens), inputs.decode_query_len
         rows = inputs.num_decode_rows if queries == 1 or spec.causal else 0
         prefills = rows < total or len(q) > total * queries
-        beside = rows > 0 and prefills and len(q) >= _BESIDE_TOKENS and _capturing(q)
         if prefills:
-            with self._side_branch() if beside else nullcontext():
-                self._kernels.attend_prefill(
-                    q, k_cache, v_cache, out, inputs.block_tables[rows:], inputs.seq_lens[rows:],
-                    inputs.query_start_loc[rows:], scale=spec.scale, window=spec.window, soft_cap=spec.soft_cap,
-                    sinks=spec.sinks, causal=spec.causal, chained=not beside, scales=self._scales_of(layer),
-                )  # fmt: skip
+            self._kernels.attend_prefill(
+                q, k_cache, v_cache, out, inputs.block_tables[rows:], inputs.seq_lens[rows:],
+                inputs.query_start_loc[rows:], scale=spec.scale, window=spec.window, soft_cap=spec.soft_cap,
+                sinks=spec.sinks, causal=spec.causal, scales=self._scales_of(layer),
+            )  # fmt: skip
         if rows:
-            self._decode(layer, spec, q, out, rows, pad_tokens=0 if prefills else len(q))
-        if beside:
-            torch.cuda.current_stream().wait_stream(self._side_stream())
+            self._decode(layer, spec, q, out, rows, pad_tokens=0 if prefills else len(q), beside=prefills)
         return out
 
     def _decode(
-        self, layer: int, spec: AttentionLayerSpec, q: Tensor, out: Tensor, rows: int, *, pad_tokens: int
+        self, layer: int, spec: AttentionLayerSpec, q: Tensor, out: Tensor, rows: int, *, pad_tokens: int, beside: bool
     ) -> None:
         """The attention of the first `rows` rows, into `out`. pad_tokens: tokens behind the last row of a step that has
-        only such rows come out as zeros, up to this one."""
+        only such rows come out as zeros, up to this one. beside: behind the prefill of other rows, limited by latency
+        and arithmetic where decode is by memory: they run at the same time."""
         inputs, planner = self._inputs, self._planner(spec.num_heads)
         assert inputs is not None
         tables, seq_lens = inputs.block_tables[:rows], inputs.seq_lens[:rows]
@@ -172,7 +163,7 @@ class TritonPaged(AttentionBackend):
             self._kernels.attend_decode(
                 q[:rows], self._kv[layer, 0], self._kv[layer, 1], out[:rows], tables, seq_lens, scale=spec.scale,
                 window=spec.window, soft_cap=spec.soft_cap, config=planner.config(rows), scratch=planner.scratch,
-                sinks=spec.sinks, scales=self._scales_of(layer),
+                sinks=spec.sinks, scales=self._scales_of(layer), beside=beside,
             )  # fmt: skip
         else:
             queries = inputs.decode_query_len
@@ -227,26 +218,6 @@ class TritonPaged(AttentionBackend):
             scales=(scales[0].transpose(1, 2), scales[1].transpose(1, 2)),
         )  # fmt: skip
 
-    @contextmanager
-    def _side_branch(self) -> Iterator[None]:
-        """A context for a branch of the graph that is being captured, after what is captured so far.
-
-        The caller must wait for the end of the branch.
-        """
-        side = self._side_stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            yield
-
-    def _side_stream(self) -> torch.cuda.Stream:
-        if self._side is None:
-            self._side = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
-        return self._side
-
     def forward(self, layer: int, spec: AttentionLayerSpec, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         self.store(layer, k, v)
         return self.attend(layer, spec, q)
-
-
-def _capturing(x: Tensor) -> bool:
-    return x.is_cuda and torch.cuda.is_current_stream_capturing()

@@ -17,7 +17,7 @@ _FEW_ROWS = 32  # of which each is quantised by several programs
 
 
 @triton.jit
-def _over(x, scale):
+def over(x, scale):
     """x [GROUPS, GROUP] / scale [GROUPS, 1], rounded once: of 16-bit values many are ties. Three instructions a value,
     where a division has ten."""
     one_over = tl.broadcast_to(tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale), x.shape)
@@ -59,7 +59,7 @@ def _codes(x, scale, INT8: tl.constexpr, CLAMPED: tl.constexpr, CAST: tl.constex
     Codes are rounded by adding a number whose last bit is worth as much as theirs: the sum is rounded to nearest even.
     """
     limit: tl.constexpr = 127.0 if INT8 else 448.0
-    x = _over(x, scale)
+    x = over(x, scale)
     if CLAMPED:
         x = tl.where(x > limit, limit, tl.where(x < -limit, -limit, x))
     if not CAST:

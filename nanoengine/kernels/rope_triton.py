@@ -11,6 +11,7 @@ from torch import Tensor
 
 from nanoengine.kernels.kv_quant import LARGEST, kv_dtype_of
 from nanoengine.kernels.pdl_triton import pdl_options, release_dependents, wait_for_inputs
+from nanoengine.kernels.quantise_triton import over
 
 _FEW_TOKENS = 128
 
@@ -71,15 +72,21 @@ def _qk_norm_rope_store_kernel(
     block, offset = slot // block_size, slot % block_size
     store_k, store_v = in_half & is_k & (slot >= 0), in_half & is_v & (slot >= 0)
     k_head, v_head = head - Q_HEADS, head - Q_HEADS - KV_HEADS
-    k_a, k_b, v_a, v_b = turned_a, turned_b, raw_a, raw_b
     if LARGEST > 0:
-        code_a, code_b, scale = _codes_of_pairs(
-            tl.where(is_v, raw_a, turned_a), tl.where(is_v, raw_b, turned_b), LARGEST, k_cache_ptr.dtype.element_ty
-        )
-        k_a, k_b, v_a, v_b = code_a, code_b, code_a, code_b
-        at = block * scale_block_stride + offset * scale_offset_stride
-        tl.store(k_scales_ptr + at + k_head * scale_head_stride, scale, mask=is_k & (slot >= 0))
-        tl.store(v_scales_ptr + at + v_head * scale_head_stride, scale, mask=is_v & (slot >= 0))
+        if (tl.program_id(1) + 1) * BLOCK_HEADS > Q_HEADS:
+            code_a, code_b, scale = _codes_of_pairs(
+                tl.where(is_v, raw_a, turned_a), tl.where(is_v, raw_b, turned_b), LARGEST, k_cache_ptr.dtype.element_ty
+            )
+            k_out = k_cache_ptr + block * k_block_stride + offset * k_offset_stride + k_head * k_head_stride
+            v_out = v_cache_ptr + block * v_block_stride + offset * v_offset_stride + v_head * v_head_stride
+            to = tl.where(is_v, v_out, k_out)
+            tl.store(to + first, code_a, mask=store_k | store_v)
+            tl.store(to + second, code_b, mask=store_k | store_v)
+            at = block * scale_block_stride + offset * scale_offset_stride
+            k_to, v_to = k_scales_ptr + k_head * scale_head_stride, v_scales_ptr + v_head * scale_head_stride
+            tl.store(tl.where(is_v, v_to, k_to) + at, scale, mask=(is_k | is_v) & (slot >= 0))
+        return
+    k_a, k_b, v_a, v_b = turned_a, turned_b, raw_a, raw_b
     k_out = k_cache_ptr + block * k_block_stride + offset * k_offset_stride + k_head * k_head_stride
     tl.store(k_out + first, k_a, mask=store_k)
     tl.store(k_out + second, k_b, mask=store_k)
@@ -95,23 +102,23 @@ def _codes_of_pairs(a, b, LARGEST: tl.constexpr, DTYPE: tl.constexpr):
     largest = tl.max(tl.maximum(tl.abs(a), tl.abs(b)), axis=1, keep_dims=True)
     scale = tl.div_rn(largest, tl.full(largest.shape, LARGEST, tl.float32))
     broken = tl.max(((a != a) | (b != b)).to(tl.int32), axis=1, keep_dims=True) > 0
-    by = tl.broadcast_to(tl.where(scale == 0, 1.0, scale), a.shape)
+    by = tl.where(scale < 1e-36, 1.0, scale)  # a head of zeros, or of what is as good as zero
     return _code(a, by, LARGEST, DTYPE), _code(b, by, LARGEST, DTYPE), tl.where(broken, float("nan"), scale)
 
 
 @triton.jit
 def _code(values, by, LARGEST: tl.constexpr, DTYPE: tl.constexpr):
-    codes = tl.div_rn(values, by)
+    codes = over(values, by)
     if DTYPE == tl.int8:  # noqa: SIM300
         codes = tl.floor(codes + 0.5)
     return tl.minimum(tl.maximum(codes, -LARGEST), LARGEST).to(DTYPE)
 
 
-def _block_heads(tokens: int, heads: int, size: int) -> int:
+def _block_heads(tokens: int, heads: int, size: int, codes: bool) -> int:
     """Heads a program. Few tokens: spread over programs, whose start is the cost. Many: a token's heads together, as
     each thread works out the angles it needs, which costs more than the rest (16/8 heads of 128, 16,384 tokens, H200:
     159 us with 4 heads a program, 67 us with 32)."""
-    elements = 512 if tokens <= _FEW_TOKENS else 4096
+    elements = 512 if tokens <= _FEW_TOKENS else 1024 if codes and tokens <= 4 * _FEW_TOKENS else 4096
     wanted: int = min(max(1, elements // triton.next_power_of_2(size)), triton.next_power_of_2(heads))
     return wanted
 
@@ -145,7 +152,7 @@ def qk_norm_rope_store(
         return q
     half = triton.next_power_of_2(size // 2)
     heads = q_heads + 2 * kv_heads
-    block_heads = _block_heads(tokens, heads, size)
+    block_heads = _block_heads(tokens, heads, size, scales is not None)
     _qk_norm_rope_store_kernel[(tokens, triton.cdiv(heads, block_heads))](
         qkv, positions, inv_freq,
         inv_freq if q_weight is None else q_weight, inv_freq if k_weight is None else k_weight,

@@ -120,6 +120,25 @@ def test_triton_in_every_kernel(kv_dtype: str, more: dict[str, Any]) -> None:
     assert error(case, TritonPaged if exact else StoresAsTheReference) < TOLERANCE[more.get("dtype", torch.float32)]
 
 
+@pytest.mark.skipif(DEVICE == "cpu" or torch.cuda.get_device_capability() != (9, 0), reason="for Hopper GPUs")
+@EACH
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("heads", "block_size"), [(2, 32), (4, 16), (10, 128), (32, 64)])
+def test_tensor_cores_take_codes(
+    kv_dtype: str, dtype: torch.dtype, heads: int, block_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from nanoengine.kernels import paged_attention_codes_gluon as by_gluon
+
+    attend, calls = by_gluon.attend_codes, []
+    monkeypatch.setattr(by_gluon, "attend_codes", lambda *args, **more: (calls.append(1), attend(*args, **more)))
+    case = Case(
+        rows=[(1, length) for length in (1, 63, 64, 65, 128, 193, 300, 700)], padded_rows=1, heads=heads, kv_heads=2,
+        head_size=128, block_size=block_size, dtype=dtype, device=DEVICE, kv_dtype=kv_dtype, max_model_len=4096,
+    )  # fmt: skip
+    assert error(case, TritonPaged) < TOLERANCE[dtype]
+    assert calls
+
+
 @needs_triton
 @EACH
 def test_triton_stores_what_the_reference_does(kv_dtype: str) -> None:

@@ -26,6 +26,7 @@ from nanoengine.kernels import (
     int4_triton,
     matmul_gluon,
     matmul_triton,
+    paged_attention_codes_gluon,
     route_triton,
 )
 from nanoengine.kernels import experts_few_triton as few
@@ -149,6 +150,22 @@ def drafts(rows: int, queries: int, heads: int, kv_heads: int) -> dict[str, Any]
     }  # fmt: skip
     given |= {"queries": "i32", "pad_tokens": "i32", "min_tiles": "i32"}
     return compiled(several._decode_several, given, constants, keys.warps, config.registers)
+
+
+def codes(kind: str, group: int) -> dict[str, Any]:
+    """Attention over K and V in eight bits, 256 rows."""
+    by_gluon, stored = paged_attention_codes_gluon, {"fp8": torch.float8_e4m3fn, "int8": torch.int8}[kind]
+    types = {
+        "*bf16": ("q", "out"), "*i16": ("k_words", "v_words"), "*fp32": ("k_scales", "v_scales", "part", "lse"),
+        "*i32": ("block_tables", "seq_lens", "tickets"), "stride": ("q_stride", "table_stride"),
+        "i32": ("columns", "min_tiles"),
+    }  # fmt: skip
+    constants = {
+        "CODE": by_gluon._TYPES[stored], "PARTS": 2, "KV_HEADS": 8, "GROUP": group, "N": 8, "BLOCK": 16,
+        "TILE": by_gluon._TILE, "STAGES": by_gluon._STAGES, "SPLITS": 1, "SCALE": 0.1,
+    }  # fmt: skip
+    given = {name: type_ for type_, names in types.items() for name in names}
+    return compiled(by_gluon._decode_codes_kernel, given, constants)
 
 
 def layer_product(rows: int, outputs: int, k: int, *, gated: bool) -> dict[str, Any]:
@@ -275,6 +292,8 @@ def main() -> None:
         (16, "int8", "plain"),
     ):
         found[f"eight-bit {dtype} x{rows}, {inputs}"] = eight_bit_tile(rows, dtype, inputs)
+    for kind, group in (("fp8", 2), ("fp8", 8), ("int8", 2)):
+        found[f"codes {kind}, {group} heads"] = codes(kind, group)
     for kind in ("Q4_0", "Q4_K", "Q6_K"):
         found[f"gguf one {kind}"] = gguf_one(kind, gated=kind == "Q4_K")
     found["gguf tiled Q4_K"] = gguf_tiled("Q4_K", 256)

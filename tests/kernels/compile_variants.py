@@ -112,6 +112,7 @@ def gguf(every: bool) -> Iterator[Launch]:
 
 
 def caches(every: bool) -> Iterator[Launch]:
+    from nanoengine.kernels import paged_attention_codes_gluon as by_gluon
     from nanoengine.kernels import paged_attention_triton as attention
     from nanoengine.kernels.kv_quant import KV_DTYPES
     from nanoengine.kernels.paged_attention_plan import decode_config, several_config
@@ -134,6 +135,9 @@ def caches(every: bool) -> Iterator[Launch]:
             f"{name} decode",
             partial(attention.attend_decode, *read, config=one, scratch=scratch, **given),
         )
+        assert by_gluon.takes(q, cache)
+        launch = partial(by_gluon.attend_codes, q, cache, cache, scales, *read[3:], scale=0.1, scratch=scratch)
+        yield f"{name} decode by Gluon", partial(launch, config=one)
         yield f"{name} prefill", partial(attention.attend_prefill, *read, starts, **given)
         yield (
             f"{name} several",

@@ -2,10 +2,11 @@
 
     python benchmarks/gguf.py [--kinds Q4_K Q6_K] [--rows 1 8 64] [--out DIR] [--tune]
 
-The shapes are those of a layer of Qwen3-8B; one row goes as the layers call it, with the norm in front of qkv, gate and
-up. Each figure is the median over replays of a CUDA graph of many calls, divided by their number; calls rotate over
-copies of the weights. "limit": the time to read the blocks and the tokens once, or to do the FLOPs. --tune tries tiles
-of `gguf_triton.one` and `tiled` and prints the best (Q4_K of up to 16 rows goes by `gguf_few_triton`).
+The shapes are those of a layer of Qwen3-8B. Up to 16 rows go as the layers call them: x of qkv, gate and up is what the
+product before has prepared, o and down are added to the residual stream and prepare the norm behind it. Each figure is
+the median over replays of a CUDA graph of many calls, divided by their number; calls rotate over copies of the weights.
+"limit": the time to read the blocks and the tokens once, or to do the FLOPs. --tune tries numbers of warps of
+`gguf_fragments_triton`.
 
 On a machine without a GPU, --check runs everything once in small sizes in Triton's interpreter.
 """
@@ -17,7 +18,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -26,17 +27,18 @@ if "--check" in sys.argv:
     os.environ["TRITON_INTERPRET"] = "1"
 
 import torch
-import triton
 from torch import Tensor
 
-from nanoengine.kernels import gguf, gguf_triton
+from nanoengine.kernels import gguf
 from nanoengine.kernels.gguf import BLOCK_TYPES
-from nanoengine.kernels.gguf_decode_triton import PLANES, planar
-from nanoengine.kernels.gguf_triton import BlockTile
+from nanoengine.kernels.gguf_decode_triton import PLANES
+from nanoengine.kernels.gguf_fragments_triton import MAX_ROWS, few
+from nanoengine.kernels.matmul import Ahead, Scaled
 from nanoengine.kernels.ops import TritonOps
 from nanoengine.lab.bench.report import environment
 from nanoengine.lab.bench.roofline import Limits
 from nanoengine.lab.bench.timing import calls_over, copies, measured_limits, time_us
+from nanoengine.plugins.quantizations.gguf_fragments import Fragments
 
 CHECKED = "--check" in sys.argv
 DEVICE = torch.device("cpu" if CHECKED else "cuda")
@@ -48,7 +50,8 @@ EPS = 1e-6
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """A product: out, in. gated: half of the outputs gate the others. normed: a norm is in front."""
+    """A product: out, in. gated: half of the outputs gate the others. normed: a norm is in front; else it is added to
+    the residual stream, and a norm is behind."""
 
     name: str
     n: int
@@ -58,7 +61,7 @@ class Shape:
 
 
 SHAPES = (
-    (Shape("qkv", 24, 256, normed=True), Shape("gate_up", 32, 256, gated=True, normed=True))
+    (Shape("qkv", 32, 256, normed=True), Shape("o", 32, 256), Shape("gate_up", 64, 256, gated=True, normed=True))
     if CHECKED
     else (
         Shape("qkv", 6144, 4096, normed=True), Shape("o", 4096, 4096),
@@ -73,27 +76,24 @@ class Case:
     def __init__(self, shape: Shape, rows: int, kind: str) -> None:
         self.shape, self.kind = shape, kind
         self.x, self.residual, self.norm = rand(rows, shape.k), rand(rows, shape.k), rand(shape.k)
+        self.scaled = Scaled(self.norm, self.x, torch.ones(128, rows, device=DEVICE))
+        self.stream, self.next_norm = rand(rows, shape.n), rand(shape.n)
+        self.store = Fragments(Ahead())
         size = shape.n * BLOCK_TYPES[kind].row_bytes(shape.k)
         self.blocks = [random_blocks(shape, kind) for _ in range(copies(size, DEVICE))]
-        self.planes = [planar(each, kind) for each in self.blocks]
+        self.kept = [self.store.keep(each, kind) for each in self.blocks]
         self.blocks = self.blocks[:1]
 
-    def ours(self, planes: Tensor, tile: BlockTile | None = None) -> Any:
-        x, kind, gate = self.x, self.kind, "silu" if self.shape.gated else None
-        if tile is not None and len(x) > 1:
-            out = torch.empty(len(x), len(planes), dtype=DTYPE, device=DEVICE)
-            return gguf_triton.tiled(x, planes, kind, None, out, tile)
-        if tile is not None and self.shape.normed:
-            norm: dict[str, Any] = {"residual": self.residual, "norm_weight": self.norm, "eps": EPS, "gate": gate}
-            return gguf_triton.one(x, planes, kind, **norm, tile=tile)
-        if tile is not None:
-            return gguf_triton.one(x, planes, kind, tile=tile)
-        if self.shape.normed:
-            return gguf_triton.gguf_norm_linear(x, self.residual, self.norm, EPS, planes, kind, gate=gate)
-        return gguf_triton.gguf_linear(x, planes, kind)
+    def ours(self, kept: Tensor, warps: int | None = None) -> Any:
+        if len(self.x) > MAX_ROWS:
+            return self.store.linear(self.x, kept, self.kind, None)
+        if not self.shape.normed:
+            return few(self.x, kept, self.kind, add=self.stream, next_norm=self.next_norm, warps=warps)
+        return few(self.scaled, kept, self.kind, eps=EPS, gate="silu" if self.shape.gated else None, warps=warps)
 
-    def us(self, tile: BlockTile | None = None, replays: int = 15) -> float:
-        return time_us(calls_over(self.planes, lambda each: self.ours(each, tile)), DEVICE, replays)[0]
+    def us(self, warps: int | None = None, replays: int = 15) -> float:
+        calls = calls_over(self.kept, lambda each: self.ours(each, warps), 1 if CHECKED else 24)
+        return time_us(calls, DEVICE, 1 if CHECKED else replays)[0]
 
     def plain_us(self) -> float:
         """The product in the model's dtype, as a layer calls it."""
@@ -109,14 +109,14 @@ class Case:
         return time_us(calls_over(dense, call), DEVICE)[0]
 
     def limit_us(self, limits: Limits) -> float:
-        moved = self.planes[0].nbytes + self.x.nbytes + len(self.x) * self.shape.n * DTYPE.itemsize
+        moved = self.kept[0].nbytes + self.x.nbytes + len(self.x) * self.shape.n * DTYPE.itemsize
         return max(moved / limits.bandwidth, 2 * len(self.x) * self.shape.n * self.shape.k / limits.flops) * 1e6
 
     def off(self) -> float:
         """Relative error of our product, of a few lines."""
         lines = self.blocks[0][:256]
         want = gguf.gguf_linear(self.x.float(), lines, self.kind)
-        got = gguf_triton.gguf_linear(self.x, planar(lines, self.kind), self.kind)
+        got = self.store.linear(self.x, self.store.keep(lines, self.kind), self.kind, None)
         return float((got.float() - want).norm() / want.norm())
 
 
@@ -135,31 +135,15 @@ def random_blocks(shape: Shape, kind: str) -> Tensor:
     return blocks.view(shape.n, -1)
 
 
-def tiles(shape: Shape, rows: int) -> Iterator[BlockTile]:
-    if rows == 1:
-        for lines, units, warps in product((1, 2, 4, 8, 16), (32, 64, 128, 256), (2, 4, 8)):
-            if units <= triton.next_power_of_2(shape.k // 32) and lines * units <= 512 * warps:
-                yield BlockTile(lines, units, 1, warps)
-        return
-    most = max(16, triton.next_power_of_2(rows))
-    sizes = [each for each in (16, 32, 64, 128, 256) if each == most or (most > 64 and most // 4 <= each < most)]
-    for lines, units, block_t, warps in product((32, 64, 128), (2, 4, 8), sizes, (4, 8)):
-        if lines * block_t * 4 / (32 * warps) <= 600:
-            yield BlockTile(lines, units, block_t, warps)
-
-
 def tune(rows: list[int], kinds: list[str]) -> Iterator[dict[str, Any]]:
     for each, shape, kind in product(rows, SHAPES, kinds):
         case, found = Case(shape, each, kind), list[dict[str, Any]]()
-        for tile in tiles(shape, each):
-            try:
-                us = case.us(tile, replays=5)
-            except triton.runtime.errors.OutOfResources:
-                continue
-            found.append({"kind": kind, "rows": each, "shape": shape.name, "us": us, "tile": asdict(tile)})
+        for warps in (None, 1) if CHECKED else (None, 2, 4, 8, 16):
+            us = case.us(warps, replays=5)
+            found.append({"kind": kind, "rows": each, "shape": shape.name, "us": us, "warps": warps})
         yield from found
-        for best in sorted(found, key=lambda one: one["us"])[:3]:
-            print(f"{kind} x{each:<5d} {shape.name:8s} {best['us']:8.2f} us  {best['tile']}", flush=True)
+        listed = ", ".join(f"{one['warps'] or 'chosen'}: {one['us']:.2f}" for one in found)
+        print(f"{kind} x{each:<5d} {shape.name:8s} us by warps: {listed}", flush=True)
 
 
 def measure(rows: list[int], kinds: list[str], limits: Limits) -> Iterator[dict[str, Any]]:
@@ -181,14 +165,14 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=BLOCK_TYPES, help="types of blocks")
     parser.add_argument("--rows", type=int, nargs="+", default=list(ROWS), help="tokens of a step")
     parser.add_argument("--out", type=Path, help="directory for the figures as JSON")
-    parser.add_argument("--tune", action="store_true", help="try tiles instead")
+    parser.add_argument("--tune", action="store_true", help="try numbers of warps instead")
     parser.add_argument("--check", action="store_true", help="small sizes, in Triton's interpreter")
     args = parser.parse_args()
     torch.manual_seed(0)
     header = environment()
     print(header["gpu"], "torch", header["torch"], "triton", header["triton"], flush=True)
     if args.tune:
-        results = list(tune([each for each in args.rows if each <= gguf_triton.TILED_ROWS], args.kinds))
+        results = list(tune([each for each in args.rows if each <= MAX_ROWS], args.kinds))
     else:
         limits = Limits(1e10, 1e10, 4) if CHECKED else measured_limits(DTYPE.itemsize)
         print(f"read {limits.bandwidth / 1e9:.0f} GB/s, products {limits.flops / 1e12:.0f} TFLOP/s", flush=True)

@@ -77,7 +77,7 @@ def fill_blocks(model: nn.Module) -> None:
     for each in model.parameters():
         if each.dtype == torch.uint8:
             each.data.random_(0, 256)
-            heads = each.data[:, each.shape[1] // 144 * 128 :].view(len(each), -1, 16)
+            heads = each.data[..., 2048:].view(*each.shape[:2], 16, 16)  # of `kernels/gguf_fragments`
             heads[..., :4] = torch.tensor([1e-4, 5e-4], dtype=torch.float16, device=each.device).view(torch.uint8)
 
 

@@ -22,13 +22,14 @@ class BlockType:
 
     Attributes:
         name: the gguf package's. block: weights. size: bytes.
-        decode: uint8 [blocks, size] -> float32 [blocks, block].
+        codes: uint8 [blocks, size] -> uint8 [blocks, block], before scales. decode: those two -> float32.
     """
 
     name: str
     block: int
     size: int
-    decode: Callable[[Tensor], Tensor]
+    codes: Callable[[Tensor], Tensor]
+    decode: Callable[[Tensor, Tensor], Tensor]
 
     def row_bytes(self, width: int) -> int:
         """Bytes of a row of `width` weights, a multiple of `block`."""
@@ -44,7 +45,8 @@ class BlockType:
 def dequantise(blocks: Tensor, kind: str) -> Tensor:
     """uint8 [..., bytes of a row] -> float32 [..., weights of a row]."""
     type_ = BLOCK_TYPES[kind]
-    values = type_.decode(blocks.reshape(-1, type_.size))
+    each = blocks.reshape(-1, type_.size)
+    values = type_.decode(each, type_.codes(each))
     return values.view(*blocks.shape[:-1], type_.width(blocks.shape[-1]))
 
 
@@ -102,26 +104,20 @@ def _fifth_bits(words: Tensor) -> Tensor:
     return _bits(words.reshape(len(words), 4, 1), 1, 8).reshape(len(words), 32) << 4
 
 
-def _q4_0(blocks: Tensor) -> Tensor:
-    return _half(blocks, 0) * (_nibbles(blocks[:, 2:], 16).float() - 8)
+def _q4_0(blocks: Tensor, codes: Tensor) -> Tensor:
+    return _half(blocks, 0) * (codes.float() - 8)
 
 
-def _q4_1(blocks: Tensor) -> Tensor:
-    return _half(blocks, 0) * _nibbles(blocks[:, 4:], 16).float() + _half(blocks, 2)
-
-
-def _q5_0(blocks: Tensor) -> Tensor:
-    codes = _nibbles(blocks[:, 6:], 16) | _fifth_bits(blocks[:, 2:6])
+def _q5_0(blocks: Tensor, codes: Tensor) -> Tensor:
     return _half(blocks, 0) * (codes.float() - 16)
 
 
-def _q5_1(blocks: Tensor) -> Tensor:
-    codes = _nibbles(blocks[:, 8:], 16) | _fifth_bits(blocks[:, 4:8])
+def _with_min(blocks: Tensor, codes: Tensor) -> Tensor:
     return _half(blocks, 0) * codes.float() + _half(blocks, 2)
 
 
-def _q8_0(blocks: Tensor) -> Tensor:
-    return blocks[:, 2:].contiguous().view(torch.int8).float() * _half(blocks, 0)
+def _q8_0(blocks: Tensor, codes: Tensor) -> Tensor:
+    return codes.view(torch.int8).float() * _half(blocks, 0)
 
 
 def _scales_and_mins(packed: Tensor) -> tuple[Tensor, Tensor]:
@@ -139,30 +135,29 @@ def _scaled_groups(blocks: Tensor, codes: Tensor) -> Tensor:
     return (scale * codes.float().view(-1, 8, 32) - low).view(-1, 256)
 
 
-def _q4_k(blocks: Tensor) -> Tensor:
-    return _scaled_groups(blocks, _nibbles(blocks[:, 16:], 32))
-
-
-def _q5_k(blocks: Tensor) -> Tensor:
-    fifth = _bits(blocks[:, 16:48].reshape(-1, 1, 32), 1, 8).reshape(-1, 256) << 4
-    return _scaled_groups(blocks, _nibbles(blocks[:, 48:], 32) | fifth)
-
-
-def _q6_k(blocks: Tensor) -> Tensor:
-    upper = _bits(blocks[:, 128:192].reshape(-1, 2, 32), 2, 4).reshape(-1, 256) << 4
-    codes = (_nibbles(blocks[:, :128], 64) | upper).float() - 32
+def _q6_k(blocks: Tensor, codes: Tensor) -> Tensor:
     scales = _half(blocks, 208) * blocks[:, 192:208].contiguous().view(torch.int8).float()
-    return (scales.unsqueeze(2) * codes.view(-1, 16, 16)).view(-1, 256)
+    return (scales.unsqueeze(2) * (codes.float() - 32).view(-1, 16, 16)).view(-1, 256)
+
+
+def _q5_k_codes(blocks: Tensor) -> Tensor:
+    fifth = _bits(blocks[:, 16:48].reshape(-1, 1, 32), 1, 8).reshape(-1, 256) << 4
+    return _nibbles(blocks[:, 48:], 32) | fifth
+
+
+def _q6_k_codes(blocks: Tensor) -> Tensor:
+    upper = _bits(blocks[:, 128:192].reshape(-1, 2, 32), 2, 4).reshape(-1, 256) << 4
+    return _nibbles(blocks[:, :128], 64) | upper
 
 
 _TYPES = (
-    BlockType("Q4_0", 32, 18, _q4_0),
-    BlockType("Q4_1", 32, 20, _q4_1),
-    BlockType("Q5_0", 32, 22, _q5_0),
-    BlockType("Q5_1", 32, 24, _q5_1),
-    BlockType("Q8_0", 32, 34, _q8_0),
-    BlockType("Q4_K", 256, 144, _q4_k),
-    BlockType("Q5_K", 256, 176, _q5_k),
-    BlockType("Q6_K", 256, 210, _q6_k),
+    BlockType("Q4_0", 32, 18, lambda blocks: _nibbles(blocks[:, 2:], 16), _q4_0),
+    BlockType("Q4_1", 32, 20, lambda blocks: _nibbles(blocks[:, 4:], 16), _with_min),
+    BlockType("Q5_0", 32, 22, lambda blocks: _nibbles(blocks[:, 6:], 16) | _fifth_bits(blocks[:, 2:6]), _q5_0),
+    BlockType("Q5_1", 32, 24, lambda blocks: _nibbles(blocks[:, 8:], 16) | _fifth_bits(blocks[:, 4:8]), _with_min),
+    BlockType("Q8_0", 32, 34, lambda blocks: blocks[:, 2:].contiguous(), _q8_0),
+    BlockType("Q4_K", 256, 144, lambda blocks: _nibbles(blocks[:, 16:], 32), _scaled_groups),
+    BlockType("Q5_K", 256, 176, _q5_k_codes, _scaled_groups),
+    BlockType("Q6_K", 256, 210, _q6_k_codes, _q6_k),
 )
 BLOCK_TYPES = {each.name: each for each in _TYPES}

@@ -1,8 +1,8 @@
-"""Products with weights in the blocks of a GGUF file, and rows of them. The reference is `gguf`, in plain torch.
+"""Products with weights in the blocks of a GGUF file, in planes, and rows of them. The reference is `gguf`, in plain
+torch. Weights that `gguf_fragments` takes do not come here.
 
-- up to 16 rows with Q4_K: see `gguf_few_triton`;
-- one row of other types: without tensor cores, a program holds a few rows of the weight; sums in float32; with the
-  norm in front and the gate behind it;
+- one row: without tensor cores, a program holds a few rows of the weight; sums in float32; with the norm in front and
+  the gate behind it;
 - more: a tile is decoded in registers, rounded to x's dtype, and multiplied by tensor cores; sums in float32;
 - very many: a slice of the weight is decoded to memory (it stays in L2), and the library multiplies.
 """
@@ -11,6 +11,7 @@
 # ruff: noqa: N803 - constants of a kernel are in capitals
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -22,7 +23,6 @@ from nanoengine.kernels.activation import Activation
 from nanoengine.kernels.activation_triton import act_and_mul, act_mul
 from nanoengine.kernels.gguf import BLOCK_TYPES
 from nanoengine.kernels.gguf_decode_triton import decode, weight_index
-from nanoengine.kernels.gguf_few_triton import few, takes_few
 from nanoengine.kernels.matvec_parts_triton import load_if, prefetch_rows
 from nanoengine.kernels.pdl_triton import pdl_options, release_dependents, wait_for_inputs
 from nanoengine.kernels.rms_norm_triton import add_rms_norm
@@ -182,16 +182,19 @@ def gguf_linear(
     assert out.shape == (len(x), len(planes)) and out.stride(1) == 1, (out.shape, out.stride())
     if not out.numel():
         return out
-    if takes_few(x, kind):
-        return few(x, planes, bias, out=out)[0]
     if len(x) == 1:
         return one(x, planes, kind, bias, out=out)[0]
     if len(x) <= TILED_ROWS:
         return tiled(x, planes, kind, bias, out, dot_tile(len(x), len(planes)))
+    return by_slices(x, bias, out, lambda part: dequantise(planes[part], kind, x.dtype))
+
+
+def by_slices(x: Tensor, bias: Tensor | None, out: Tensor, decode: Callable[[slice], Tensor]) -> Tensor:
+    """The product with a weight of which `decode` decodes rows, a multiple of 64 of them at a time."""
     rows = max(_LINES, _SLICE // x.shape[1] // _LINES * _LINES)
-    for start in range(0, len(planes), rows):
+    for start in range(0, out.shape[1], rows):
         part = slice(start, start + rows)
-        columns = dequantise(planes[part], kind, x.dtype).t()
+        columns = decode(part).t()
         if bias is None:
             torch.mm(x, columns, out=out[:, part])
         else:
@@ -211,11 +214,9 @@ def gguf_norm_linear(
     gate: Activation | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`add_rms_norm`, the product, and `act_and_mul` if there is a gate -> (result, residual stream)."""
-    if len(x) == 1 and not takes_few(x, kind):
+    if len(x) == 1:
         return one(x, planes, kind, bias, residual=residual, norm_weight=norm_weight, eps=eps, gate=gate)
     normed, total = add_rms_norm(x, residual, norm_weight, eps)
-    if takes_few(x, kind):
-        return few(normed, planes, bias, gate=gate)[0], total
     y = gguf_linear(normed, planes, kind, bias)
     return (act_and_mul(y, gate) if gate else y), total
 

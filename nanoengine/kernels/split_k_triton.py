@@ -1,7 +1,7 @@
 """Sums over K that several programs share: the last one to come adds the parts up, in order, and finishes the tile.
 
 A program has `BLOCK_N` outputs (program_id 0), a part of K (1) and `BLOCK_T` tokens (2). Here is what `int4_triton`
-and `gguf_few_triton` share around and behind their loops; and the tickets, which other kernels use too.
+and `gguf_fragments_triton` share around and behind their loops; and the tickets, which other kernels use too.
 """
 
 # mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls

@@ -277,7 +277,8 @@ class LLMSignature:
             fuse_attention: with fuse_kernels: attention backends that can do so also normalise and rotate q and k,
                 in one kernel.
             fuse_products: with fuse_kernels: products of 33 to 256 rows are kernels of our own, with norms and
-                gates in them; those with a gate also beyond.
+                gates in them; those with a gate also beyond. GGUF blocks are operands of tensor cores; off: decoded
+                in registers.
             fuse_sampling: fuse the standard sampler operations (one sort for top-k, top-p and min-p).
             custom_all_reduce: small sums over GPUs are read from the memory of the other GPUs; otherwise all use
                 NCCL.

@@ -97,7 +97,6 @@ def int4(every: bool) -> Iterator[Launch]:
 def gguf(every: bool) -> Iterator[Launch]:
     from nanoengine.kernels import gguf_triton
     from nanoengine.kernels.gguf import BLOCK_TYPES
-    from nanoengine.kernels.gguf_few_triton import few
 
     for kind, rows in product(BLOCK_TYPES if every else ("Q4_K", "Q8_0"), (1, 16, 64) if every else (1, 64)):
         planes = rand(2 * INNER, BLOCK_TYPES[kind].row_bytes(HIDDEN), dtype=torch.uint8)
@@ -107,8 +106,24 @@ def gguf(every: bool) -> Iterator[Launch]:
         if rows == 1:
             ids = torch.zeros(3, dtype=torch.int64)
             yield f"{name} rows", partial(gguf_triton.gguf_rows, ids, planes, kind, torch.bfloat16)
-    planes, stream = rand(HIDDEN, BLOCK_TYPES["Q4_K"].row_bytes(INNER), dtype=torch.uint8), rand(1, HIDDEN)
-    yield "gguf few", partial(few, rand(1, INNER), planes, add=stream, next_norm=rand(HIDDEN))
+
+
+def fragments(every: bool) -> Iterator[Launch]:
+    from nanoengine.kernels import gguf_fragments_decode_triton
+    from nanoengine.kernels.gguf_fragments import FRAGMENTS
+    from nanoengine.kernels.gguf_fragments_triton import few
+    from nanoengine.kernels.matmul import Scaled
+
+    for kind, rows in product(FRAGMENTS if every else ("Q4_K", "Q6_K"), (1, 8, 16) if every else (1, 8)):
+        name, size = f"fragments {kind} x{rows}", 16 * FRAGMENTS[kind].row_bytes
+        up, down = (rand(n // 16, k // 256, size, dtype=torch.uint8) for n, k in ((2 * INNER, HIDDEN), (HIDDEN, INNER)))
+        if kind != "Q6_K" or every:
+            scaled = Scaled(rand(HIDDEN), rand(rows, HIDDEN), rand(128, rows, dtype=torch.float32))
+            yield f"{name} gated", partial(few, scaled, up, kind, eps=1e-6, gate="silu")
+        if kind != "Q4_K" or every:
+            yield name, partial(few, rand(rows, INNER), down, kind, add=rand(rows, HIDDEN), next_norm=rand(HIDDEN))
+        if rows == 1:
+            yield f"{name} rows", partial(gguf_fragments_decode_triton.rows, None, down, kind, torch.bfloat16)
 
 
 def caches(every: bool) -> Iterator[Launch]:
@@ -162,7 +177,7 @@ def caches(every: bool) -> Iterator[Launch]:
 def main() -> None:
     only_compile()
     every, failed = "--all" in sys.argv, 0
-    for kind in (eight_bit, int4, gguf, caches):
+    for kind in (eight_bit, int4, gguf, fragments, caches):
         for name, launch in kind(every):
             try:
                 launch()

@@ -1,4 +1,4 @@
-"""Kernels for the blocks of a GGUF file against plain torch: every type, few rows and many, tiles that are not full."""
+"""Kernels for GGUF blocks in planes against plain torch: every type, few rows and many, tiles that are not full."""
 
 from __future__ import annotations
 
@@ -11,10 +11,8 @@ from nanoengine.kernels import gguf, gguf_triton
 from nanoengine.kernels.activation import act_and_mul
 from nanoengine.kernels.gguf import BLOCK_TYPES
 from nanoengine.kernels.gguf_decode_triton import PLANES, planar
-from nanoengine.kernels.gguf_few_triton import FewTile, few
 from nanoengine.kernels.gguf_triton import BlockTile, one, tiled
 from nanoengine.kernels.rms_norm import add_rms_norm
-from nanoengine.kernels.split_k_triton import tickets_on
 
 EPS = 1e-6
 
@@ -47,31 +45,6 @@ def test_products_behind_a_norm_agree(rand, assert_close, device, kind, with_res
     # of several rows the normed x, the weight and the product before the gate are rounded, too
     bound = None if rows == 1 or x.dtype == torch.float32 else 3 * torch.finfo(x.dtype).eps
     assert_close(y, act_and_mul(expected, gate) if gate else expected, bound)
-
-
-@pytest.mark.parametrize(("rows", "gate", "splits"), [(1, None, 1), (9, "silu", 2), (16, None, 3)])
-def test_few_rows_of_q4_k_by_tensor_cores(rand, assert_close, device, rows, gate, splits) -> None:
-    """Outputs that do not fill a tile, parts of K that are not alike, and a norm between two products."""
-    if rand(1).is_cuda and rand(1).dtype == torch.float32:
-        pytest.skip("another kernel's")
-    first, second = blocks_of("Q4_K", 512, 768, device), blocks_of("Q4_K", 76, 512, device)
-    x, residual, bias, norm, last = rand(rows, 768), rand(rows, 512), rand(512), rand(512), rand(76)
-    tickets = tickets_on(device)
-    total, scaled = few(
-        x, planar(first, "Q4_K"), bias, add=residual, next_norm=norm, tickets=tickets, tile=FewTile(64, 4, 2, splits)
-    )
-    expected = gguf.gguf_linear(x.float(), first, "Q4_K", bias.float()) + residual.float()
-    assert_close(total, expected)
-    assert scaled is not None
-    normed = total.float() * norm.float()
-    assert_close(scaled.values, normed.to(x.dtype))
-    normed *= torch.rsqrt(total.float().square().mean(1, keepdim=True) + EPS)
-    y, none = few(scaled, planar(second, "Q4_K"), last, eps=EPS, gate=gate, tickets=tickets, tile=FewTile(32, 4, 2, 1))
-    assert none is None
-    expected = gguf.gguf_linear(normed, second, "Q4_K", last.float())
-    bound = None if x.dtype == torch.float32 else 3 * torch.finfo(x.dtype).eps
-    assert_close(y, act_and_mul(expected, gate) if gate else expected, bound)
-    assert tickets.count_nonzero() == 0
 
 
 @pytest.mark.parametrize("tile", [BlockTile(2, 2, 1, warps=4), BlockTile(8, 8, 1, warps=4)])

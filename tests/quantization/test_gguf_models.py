@@ -23,7 +23,8 @@ from nanoengine import LLM, SamplingParams
 from nanoengine.api import LayerInfo, ModelError, QuantizationContext, ShardSpec, WeightLayer, WeightsError
 from nanoengine.api.parallel import ShapesOnly, SingleRank
 from nanoengine.kernels.gguf import BLOCK_TYPES, dequantise
-from nanoengine.kernels.ops import Ops
+from nanoengine.kernels.matmul import Ahead
+from nanoengine.kernels.ops import Ops, TritonOps
 from nanoengine.layers.config_keys import Recorded, unread_keys
 from nanoengine.plugins.model_sources.gguf_convert import convert
 from nanoengine.plugins.quantizations import gguf as plugin
@@ -95,25 +96,26 @@ def test_parts_of_different_types_equal_the_dequantised_model(tied: bool, tmp_pa
 DECODE = {kind: type_.decode for kind, type_ in BLOCK_TYPES.items()}
 
 
-def exchanged(blocks: Tensor) -> Tensor:
+def exchanged(blocks: Tensor, codes: Tensor) -> Tensor:
     """A mutant of Q4_1: scale and minimum for each other."""
-    return DECODE["Q4_1"](torch.cat([blocks[:, 2:4], blocks[:, :2], blocks[:, 4:]], dim=1))
+    return DECODE["Q4_1"](torch.cat([blocks[:, 2:4], blocks[:, :2], blocks[:, 4:]], dim=1), codes)
 
 
-def off_by_one(blocks: Tensor) -> Tensor:
+def off_by_one(blocks: Tensor, codes: Tensor) -> Tensor:
     """A mutant of Q4_0: the zero point is 7."""
-    return DECODE["Q4_0"](blocks) + blocks[:, :2].contiguous().view(torch.float16).float()
+    return DECODE["Q4_0"](blocks, codes) + blocks[:, :2].contiguous().view(torch.float16).float()
 
 
-def next_scale(blocks: Tensor) -> Tensor:
+def next_scale(blocks: Tensor, codes: Tensor) -> Tensor:
     """A mutant of Q6_K: sixteen weights have the scale of the next sixteen."""
-    return DECODE["Q6_K"](torch.cat([blocks[:, :192], blocks[:, 192:208].roll(1, dims=1), blocks[:, 208:]], dim=1))
+    moved = torch.cat([blocks[:, :192], blocks[:, 192:208].roll(1, dims=1), blocks[:, 208:]], dim=1)
+    return DECODE["Q6_K"](moved, codes)
 
 
 @pytest.mark.usefixtures("kept")
 @pytest.mark.parametrize(("kind", "mutant"), [("Q4_1", exchanged), ("Q4_0", off_by_one), ("Q6_K", next_scale)])
 def test_mutants_of_a_type_are_seen(
-    kind: str, mutant: Callable[[Tensor], Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str, mutant: Callable[[Tensor, Tensor], Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     packed, plain = checkpoint(tmp_path, {"v_proj": kind})
     want = answers(plain)
@@ -317,29 +319,77 @@ def test_tensors_that_are_no_such_blocks_are_named(
 
 
 @pytest.mark.skipif(not INSTALLED, reason="Triton is not installed")
-@pytest.mark.parametrize("rows", [1, 3])
-def test_planes_for_triton_equal_the_blocks(rows: int) -> None:
-    """A fused layer of three types, one plain, and an embedding; in Triton's interpreter where there is no GPU."""
+@pytest.mark.parametrize(
+    ("rows", "lines", "products", "store"),
+    [(1, 24, True, "Planes"), (3, 32, False, "Planes"), (3, 32, True, "Fragments"), (17, 32, True, "Fragments")],
+)
+def test_orders_for_triton_equal_the_blocks(rows: int, lines: int, products: bool, store: str) -> None:
+    """A fused layer of types, of which neighbours are alike, one plain, and an embedding; in Triton's interpreter where
+    there is no GPU. products: the option fuse_products."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    blocks = [random_blocks(kind, 24, 256) for kind in ("Q4_K", "Q6_K")]
-    plain, x, bias = torch.randn(8, 256), torch.randn(rows, 256, device=device), torch.randn(56, device=device)
-    layer = layer_of(0, 1)
-    method = GgufMethod(("Q4_K", "Q6_K", ""), torch.float32)
-    method.create(layer, ShardSpec(shape=(56, 256), parts=(("q", 24), ("k", 24), ("v", 8))))
-    for part, values in zip("qkv", (*map(torch.from_numpy, blocks), plain), strict=True):
+    kinds, parts = ("Q4_K", "Q4_K", "Q6_K", ""), tuple((part, lines) for part in "qkvg")
+    blocks = [random_blocks(kind, lines, 256, seed) for seed, kind in enumerate(kinds[:3])]
+    plain, x, bias = (
+        torch.randn(lines, 256),
+        torch.randn(rows, 256, device=device),
+        torch.randn(4 * lines, device=device),
+    )
+    layer, dtype = layer_of(0, 1), torch.float32 if device == "cpu" else torch.bfloat16
+    method = GgufMethod(kinds, dtype)
+    method.create(layer, ShardSpec(shape=(4 * lines, 256), parts=parts))
+    for (part, _), values in zip(parts, (*map(torch.from_numpy, blocks), plain), strict=True):
         method.load(layer, f"weight:{part}", layer.specs[f"weight:{part}"].shards(0, 1)[0], values)
     layer.to(device)
-    weight = torch.cat([expected(blocks[0], "Q4_K"), expected(blocks[1], "Q6_K"), plain]).to(device)
+    weight = torch.cat([*map(expected, blocks, kinds), plain]).to(device)
     with interpreted():
-        layer.ops = SimpleNamespace(name="triton", linear=F.linear)  # type: ignore[assignment]
+        layer.ops = SimpleNamespace(name="triton", linear=F.linear, prepares_norms=products)  # type: ignore[assignment]
         method.finish(layer)
-        torch.testing.assert_close(method.apply(layer, x, bias), F.linear(x, weight, bias), atol=1e-5, rtol=1e-5)
+        assert {type(each).__name__ for each in method._stores.values()} == {store}
+        assert len(list(layer.parameters())) == 3
+        found = method.apply(layer, x.to(dtype), bias.to(dtype)) if device == "cpu" else None
+        if found is not None:
+            torch.testing.assert_close(found, F.linear(x, weight, bias), atol=1e-5, rtol=1e-5)
         embedding = layer_of(0, 1)
-        method = GgufMethod(("Q6_K",), torch.float32)
-        method.create(embedding, ShardSpec(shape=(24, 256), split="padded"))
-        method.load(embedding, "weight", embedding.specs["weight"].shards(0, 1)[0], torch.from_numpy(blocks[1]))
+        method = GgufMethod(("Q6_K",), dtype)
+        method.create(embedding, ShardSpec(shape=(lines, 256), split="padded"))
+        method.load(embedding, "weight", embedding.specs["weight"].shards(0, 1)[0], torch.from_numpy(blocks[2]))
         embedding.to(device)
         embedding.ops = layer.ops
         method.finish(embedding)
         found = method.rows(embedding, torch.tensor([3, 0, 3], device=device))
-    torch.testing.assert_close(found, weight[[27, 24, 27]], atol=1e-6, rtol=1e-6)
+    near = 1e-6 if device == "cpu" else 4e-3
+    torch.testing.assert_close(found.float(), weight[2 * lines + torch.tensor([3, 0, 3])], atol=near, rtol=near)
+
+
+@pytest.mark.skipif(not INSTALLED, reason="Triton is not installed")
+def test_a_product_prepares_the_norm_of_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between two products of fragments, of a few rows, a norm takes no launch."""
+    device, dtype, near = ("cuda", torch.bfloat16, 0.03) if torch.cuda.is_available() else ("cpu", torch.float32, 1e-5)
+    ahead, weight = Ahead(), torch.rand(256, device=device, dtype=dtype)
+
+    def add(x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+        total = x if residual is None else x + residual
+        return F.rms_norm(total, (256,), weight, 1e-6), total
+
+    norm: Any = SimpleNamespace(weight=weight, eps=1e-6, add=add)
+    monkeypatch.setattr(plugin, "next_norm_of", lambda *_: weight)
+    made = []
+    for kind, lines in (("Q5_0", 256), ("Q4_K", 64)):
+        blocks, layer, method = random_blocks(kind, lines, 256), layer_of(0, 1), GgufMethod((kind,), dtype, ahead)
+        method.create(layer, ShardSpec(shape=(lines, 256)))
+        method.load(layer, "weight", layer.specs["weight"].shards(0, 1)[0], torch.from_numpy(blocks))
+        layer.to(device)
+        layer.ops = TritonOps()
+        method.finish(layer)
+        made.append((method, layer, expected(blocks, kind).to(device)))
+    (first, one, up), (second, two, down) = made
+    x, residual = (torch.randn(2, 256, device=device, dtype=dtype) for _ in range(2))
+    with interpreted():
+        total, left = first.apply_added(one, x, None, residual)
+        assert ahead._sum is not None
+        y, stream = second.apply_normed(two, norm, total, left, None, "silu")
+    assert ahead._sum is None
+    want = F.linear(x.float(), up) + residual.float()
+    torch.testing.assert_close(stream.float(), want, atol=near, rtol=near)
+    gates, ups = F.linear(F.rms_norm(want, (256,), weight.float(), 1e-6), down).chunk(2, dim=1)
+    torch.testing.assert_close(y.float(), F.silu(gates) * ups, atol=near, rtol=near)

@@ -105,7 +105,7 @@ class GgufMethod(LinearMethod):
     ) -> None:
         self._kinds, self._dtype, self._ahead = kinds, dtype, ahead or Ahead()
         self._pieces: list[_Piece] = []
-        self._store: Store | None = None
+        self._stores: dict[str, Store] = {}  # by the parameter's name
         before = [f"{each} (expanded)" if each else "plain" for each in expanded or kinds]
         each = (kind or plain for kind, plain in zip(kinds, before, strict=True))
         self.label = f"gguf {' + '.join(dict.fromkeys(each))}"
@@ -129,15 +129,31 @@ class GgufMethod(LinearMethod):
         WeightLayer.load_shard(layer, name, shard, values)
 
     def finish(self, layer: WeightLayer) -> None:
-        self._store = store_for(layer, self._ahead)
-        if self._store is None:
-            self._expand(layer)
-            return
-        self.label += self._store.note
+        self._join(layer)
         for piece in self._pieces:
-            if piece.kind:
-                parameter = layer.get_parameter(piece.name)
-                parameter.data = self._store.keep(parameter.data, piece.kind)
+            if not piece.kind:
+                continue
+            parameter = layer.get_parameter(piece.name)
+            store = store_for(layer, parameter.data, piece.kind, self._dtype, self._ahead)
+            if store is None:
+                self._expand(layer)
+                return
+            parameter.data = store.keep(parameter.data, piece.kind)
+            self._stores[piece.name] = store
+        self.label += next(iter(self._stores.values())).note
+
+    def _join(self, layer: WeightLayer) -> None:
+        """Neighbours of one type become one parameter, and one product."""
+        pieces, self._pieces = self._pieces, []
+        for piece in pieces:
+            before = self._pieces[-1] if self._pieces else None
+            if before is None or before.kind != piece.kind:
+                self._pieces.append(piece)
+                continue
+            parameter = layer.get_parameter(before.name)
+            parameter.data = torch.cat((parameter.data, layer.get_parameter(piece.name).data))
+            delattr(layer, piece.name)
+            self._pieces[-1] = replace(before, stop=piece.stop)
 
     def _expand(self, layer: WeightLayer) -> None:
         """One plain weight instead, of the model's dtype."""
@@ -172,33 +188,33 @@ class GgufMethod(LinearMethod):
         bias: Tensor | None,
         gate: Activation | None,
     ) -> tuple[Tensor, Tensor]:
-        if self._store is None or len(self._pieces) > 1:
+        if not self._stores or len(self._pieces) > 1:
             return super().apply_normed(layer, norm, x, residual, bias, gate)
         [piece] = self._pieces
         weight = layer.get_parameter(piece.name)
-        return self._store.norm_linear(layer.ops, x, residual, norm, weight, piece.kind, bias, gate)
+        return self._stores[piece.name].norm_linear(layer.ops, x, residual, norm, weight, piece.kind, bias, gate)
 
     def apply_added(
         self, layer: WeightLayer, x: Tensor, bias: Tensor | None, residual: Tensor
     ) -> tuple[Tensor, Tensor | None]:
-        if self._store is None or len(self._pieces) > 1:
+        if not self._stores or len(self._pieces) > 1:
             return super().apply_added(layer, x, bias, residual)
         [piece] = self._pieces
         weight, next_norm = layer.get_parameter(piece.name), next_norm_of(layer, x)
-        return self._store.linear_add(x, residual, weight, piece.kind, bias, next_norm=next_norm)
+        return self._stores[piece.name].linear_add(x, residual, weight, piece.kind, bias, next_norm=next_norm)
 
     def _linear(self, layer: WeightLayer, piece: _Piece, x: Tensor, bias: Tensor | None, out: Tensor | None) -> Tensor:
         weight = layer.get_parameter(piece.name)
-        if self._store is None or not piece.kind:
+        if piece.name not in self._stores:
             return layer.ops.linear(x, weight, bias, out=out)
-        return self._store.linear(x, weight, piece.kind, bias, out=out)
+        return self._stores[piece.name].linear(x, weight, piece.kind, bias, out=out)
 
     def rows(self, layer: WeightLayer, ids: Tensor) -> Tensor:
         [piece] = self._pieces
         weight = layer.get_parameter(piece.name)
-        if self._store is None:
+        if not self._stores:
             return layer.ops.embedding(ids, weight)
-        return self._store.rows(ids.reshape(-1), weight, piece.kind, self._dtype).view(*ids.shape, -1)
+        return self._stores[piece.name].rows(ids.reshape(-1), weight, piece.kind, self._dtype).view(*ids.shape, -1)
 
 
 def _in_blocks(layer: WeightLayer, weight: ShardSpec, kind: str) -> ShardSpec:

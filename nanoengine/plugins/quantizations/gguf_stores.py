@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from nanoengine.api import Norm, WeightLayer
-from nanoengine.kernels import gguf
+from nanoengine.kernels import gguf, gguf_fragments
 from nanoengine.kernels.activation import Activation
 from nanoengine.kernels.matmul import Ahead
 from nanoengine.kernels.ops import CpuOps, Ops
 
 
 class Store(ABC):
-    """One way to keep a weight [out, in] of blocks. There is one instance per layer.
+    """One way to keep a weight [out, in] of blocks. There is one instance per part.
 
     Attributes:
         note: what the start report says of the products, behind the types.
@@ -83,11 +83,10 @@ class Blocks(Store):
 class Planes(Store):
     """The same bytes in another order, for Triton kernels, which decode them in registers."""
 
-    def __init__(self, ahead: Ahead) -> None:
-        from nanoengine.kernels import gguf_decode_triton, gguf_few_triton, gguf_triton
+    def __init__(self) -> None:
+        from nanoengine.kernels import gguf_decode_triton, gguf_triton
 
-        self._kernels, self._few, self._ahead = gguf_triton, gguf_few_triton, ahead
-        self._planar = gguf_decode_triton.planar
+        self._kernels, self._planar = gguf_triton, gguf_decode_triton.planar
 
     def keep(self, blocks: Tensor, kind: str) -> Tensor:
         return self._planar(blocks, kind)
@@ -106,36 +105,22 @@ class Planes(Store):
         bias: Tensor | None,
         gate: Activation | None,
     ) -> tuple[Tensor, Tensor]:
-        scaled = self._ahead.taken(x, residual, norm.weight)
-        if scaled is not None and self._few.takes_few(x, kind):
-            return self._few.few(scaled, kept, bias, eps=norm.eps, gate=gate)[0], x
         return self._kernels.gguf_norm_linear(x, residual, norm.weight, norm.eps, kept, kind, bias, gate=gate)
-
-    def linear_add(
-        self,
-        x: Tensor,
-        residual: Tensor,
-        kept: Tensor,
-        kind: str,
-        bias: Tensor | None,
-        *,
-        next_norm: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
-        if not self._few.takes_few(x, kind):
-            return super().linear_add(x, residual, kept, kind, bias)
-        return self._ahead.kept(*self._few.few(x, kept, bias, add=residual, next_norm=next_norm)), None
 
     def rows(self, ids: Tensor, kept: Tensor, kind: str, dtype: torch.dtype) -> Tensor:
         return self._kernels.gguf_rows(ids.contiguous(), kept, kind, dtype)
 
 
-def store_for(layer: WeightLayer, ahead: Ahead) -> Store | None:
-    """The store for the layer's device; None: the weight is expanded, as on a CPU plain torch is far too slow."""
+def store_for(layer: WeightLayer, blocks: Tensor, kind: str, dtype: torch.dtype, ahead: Ahead) -> Store | None:
+    """The store of a part's blocks on the layer's device; None: the weight is expanded, as on a CPU plain torch is far
+    too slow. dtype: the model's."""
+    from nanoengine.plugins.quantizations.gguf_fragments import Fragments
     from nanoengine.plugins.quantizations.gguf_tiles import Tiles
 
-    if layer.ops.name == "triton":
-        return Planes(ahead)
+    if layer.ops.name == "triton":  # tensor cores round float32
+        exact = dtype != torch.float32 or not blocks.is_cuda
+        whole = layer.ops.prepares_norms and exact and gguf_fragments.fits(blocks, kind)
+        return Fragments(ahead) if whole else Planes()
     if isinstance(layer.ops, CpuOps):
         return Tiles(layer.ops.library)
-    on_cpu = next(layer.parameters(recurse=False)).device.type == "cpu"
-    return None if on_cpu else Blocks()
+    return None if blocks.device.type == "cpu" else Blocks()

@@ -1,0 +1,138 @@
+"""GGUF blocks as operands of tensor cores against plain torch: every type, one token and several, rows of them. The
+interpreter cannot run the assembly: it is read here."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from gguf_blocks import KINDS, random_blocks
+
+pytest.importorskip("triton")
+from nanoengine.kernels import gguf
+from nanoengine.kernels.activation import act_and_mul
+from nanoengine.kernels.gguf_fragment_parts_triton import assembly
+from nanoengine.kernels.gguf_fragments import FRAGMENTS, fits, fragments
+from nanoengine.kernels.gguf_fragments_decode_triton import rows as decoded
+from nanoengine.kernels.gguf_fragments_triton import few
+
+EPS = 1e-6
+
+
+def blocks_of(kind: str, rows: int, width: int, device: torch.device) -> torch.Tensor:
+    return torch.from_numpy(random_blocks(kind, rows, width)).to(device)
+
+
+@pytest.fixture
+def rand(rand, device, dtype):
+    if device.type == "cuda" and dtype == torch.float32:
+        pytest.skip("tensor cores round float32")
+    return rand
+
+
+@pytest.mark.parametrize("rows", [1, 9])
+@pytest.mark.parametrize("kind", KINDS)
+def test_products_agree(rand, assert_close, device, kind, rows) -> None:
+    """Three tiles along K for two warps; tokens that do not fill the last of two tiles."""
+    blocks, x, bias = blocks_of(kind, 32, 768, device), rand(rows, 768), rand(32)
+    expected = gguf.gguf_linear(x.float(), blocks, kind, bias.float())
+    assert_close(few(x, fragments(blocks, kind), kind, bias, warps=2)[0], expected)
+
+
+@pytest.mark.parametrize(("rows", "gate"), [(0, None), (1, "silu"), (3, "gelu_tanh"), (3, None)])
+def test_a_norm_between_two_products_takes_no_launch(rand, assert_close, device, rows, gate) -> None:
+    first, second = blocks_of("Q4_K", 256, 512, device), blocks_of("Q6_K", 96, 256, device)
+    x, residual, norm, bias = rand(rows, 512), rand(rows, 256), rand(256), rand(96)
+    total, scaled = few(x, fragments(first, "Q4_K"), "Q4_K", add=residual, next_norm=norm)
+    assert_close(total, gguf.gguf_linear(x.float(), first, "Q4_K") + residual.float())
+    assert scaled is not None
+    normed = total.float() * norm.float()
+    assert_close(scaled.values, normed.to(x.dtype))
+    normed *= torch.rsqrt(total.float().square().mean(1, keepdim=True) + EPS)
+    wide = torch.zeros(rows, 100, dtype=x.dtype, device=device)
+    out = wide[:, : 48 if gate else 96]
+    y, none = few(scaled, fragments(second, "Q6_K"), "Q6_K", bias, eps=EPS, gate=gate, out=out, warps=1)
+    assert y is out
+    assert none is None
+    expected = gguf.gguf_linear(normed, second, "Q6_K", bias.float())
+    bound = None if x.dtype == torch.float32 else 3 * torch.finfo(x.dtype).eps
+    assert_close(y, act_and_mul(expected, gate) if gate else expected, bound)
+    assert not wide[:, out.shape[1] :].any()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_agree(device, dtype, kind) -> None:
+    """Up to one rounding: a product and a sum may be one operation here."""
+    blocks, ids = blocks_of(kind, 32, 768, device), torch.tensor([31, 0, 9, 9], device=device)
+    tiles, expected = fragments(blocks, kind), gguf.dequantise(blocks, kind)
+    near = {"rtol": 1e-6 if dtype == torch.float32 else torch.finfo(dtype).eps, "atol": 1e-6}
+    torch.testing.assert_close(decoded(None, tiles, kind, dtype), expected.to(dtype), **near)
+    torch.testing.assert_close(decoded(ids, tiles, kind, dtype), expected[ids].to(dtype), **near)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_fragments_are_the_same_bits(kind) -> None:
+    blocks = blocks_of(kind, 64, 512, torch.device("cpu"))
+    tiles = fragments(blocks, kind)
+    assert tiles.shape == (4, 2, 16 * FRAGMENTS[kind].row_bytes)
+    assert tiles.numel() == blocks.numel()
+    shift = torch.arange(8)
+    of_tiles = (tiles.flatten(1).unsqueeze(2) >> shift) & 1
+    of_lines = (blocks.view(4, -1).unsqueeze(2) >> shift) & 1
+    assert torch.equal(of_tiles.sum((1, 2)), of_lines.sum((1, 2)))
+
+
+@pytest.mark.parametrize(("kind", "rows", "width"), [("Q4_K", 48, 256), ("Q4_0", 32, 288)])
+def test_rows_and_weights_that_fill_no_tile_do_not_fit(kind, rows, width) -> None:
+    assert not fits(blocks_of(kind, rows, width, torch.device("cpu")), kind)
+    assert fits(blocks_of(kind, 64, 512, torch.device("cpu")), kind)
+
+
+def test_a_mutant_that_reads_another_rows_scales_is_seen(rand, device) -> None:
+    blocks, x = blocks_of("Q4_K", 32, 512, device), rand(1, 512)
+    tiles = fragments(blocks, "Q4_K")
+    tiles[:, :, 2048:] = tiles[:, :, 2048:].roll(16, dims=2)
+    expected = gguf.gguf_linear(x.float(), blocks, "Q4_K")
+    error = (few(x, tiles, "Q4_K")[0].float() - expected).norm() / expected.norm()
+    assert error > 0.1
+
+
+def _operands(text: str, low: int, high: int, more: int) -> list[tuple[list[int], list[str]]]:
+    """What each product of an assembly has: its codes' registers, and x. Runs all but the products."""
+    values, found = {"$8": low, "$9": high, "$10": more}, []
+    for line in text.strip("{}").split("\n"):
+        name, *operands = re.findall(r"[\w.$]+", line)
+        if name.startswith("mma"):
+            found.append(([values[each] for each in operands[4:8]], operands[8:10]))
+        elif name.startswith("sh"):
+            to, of, by = operands
+            values[to] = (values[of] >> int(by) if name == "shr.u32" else values[of] << int(by)) & 0xFFFFFFFF
+        elif name.startswith("lop3"):
+            to, of, mask, other, table = operands
+            cut, base = values[of] & int(mask, 16), values[other] if other in values else int(other, 16)
+            values[to] = {"0xEA": cut | base, "0x6A": cut ^ base}[table]
+    return found
+
+
+@pytest.mark.parametrize(("dtype", "base"), [(torch.bfloat16, 128), (torch.float16, 1024)])
+@pytest.mark.parametrize("part", [0, 1])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_assembly_takes_every_code_beside_its_x(kind, part, dtype, base) -> None:
+    """Register r of a product: row g or g + 8 (r % 2), weights 0 and 1 or 2 and 3 of its four (r // 2)."""
+    more = FRAGMENTS[kind].more
+    codes = torch.randint(0, 16 << more, (2, 8), generator=torch.Generator().manual_seed(part)).tolist()
+    words, further = [0, 0], 0
+    for row in range(2):
+        for e, code in enumerate(codes[row]):
+            words[row] |= (code & 15) << (e // 2 * 4 + e % 2 * 16)
+            at = (row * 4 + e // 2) * more + e % 2 * 16 + (8 * part if more == 1 else 0)
+            further |= (code >> 4) << at if more else 0
+    products = _operands(assembly(kind, dtype)[part], *words, further)
+    assert [x for _, x in products] == [["$11", "$12"], ["$13", "$14"]]
+    turned = 8 if kind == "Q8_0" and part else 0
+    for row in range(2):
+        for e, code in enumerate(codes[row]):
+            word = products[e // 4][0][row + e // 2 % 2 * 2]
+            half = torch.tensor((word >> 16 * (e % 2)) & 0xFFFF, dtype=torch.int32).to(torch.int16).view(dtype)
+            assert half.item() == base + (code ^ turned)

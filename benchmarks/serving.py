@@ -359,7 +359,7 @@ def _one_pass(options: argparse.Namespace, server: Server, load: Load, number: i
     clients.begin()
 
     def watch() -> None:
-        while not done.wait(0.2):
+        while not done.wait(0.4):  # each look is work of the engine's process
             marks.append(server.mark())
 
     watching = threading.Thread(target=watch)

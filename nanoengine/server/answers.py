@@ -42,7 +42,8 @@ class Renderer(Protocol):
 
 @dataclass(slots=True)
 class Account:
-    """What the engine's counters get of one request, once. arrival: monotonic; created: since the epoch; seconds."""
+    """What the record of a request gets, for the engine's counters too. arrival: monotonic; created: since the epoch;
+    seconds."""
 
     context: Context
     client: str
@@ -52,10 +53,9 @@ class Account:
     first_token: float | None = None
     status: int = 200
 
-    async def close(self, runs: Sequence[Running], record: Record | None) -> None:
-        """`record`: gets the same, and what a span of the request shows."""
+    def close(self, runs: Sequence[Running], record: Record) -> None:
         tokens, now = usage_of(runs), time.monotonic()
-        usage = Usage(
+        record.usage = Usage(
             client=self.client,
             endpoint=self.endpoint,
             status=self.status,
@@ -66,12 +66,10 @@ class Account:
             ttft=None if self.first_token is None else self.first_token - self.arrival,
             duration=now - self.arrival,
         )
-        if record is not None:
-            record.usage, record.model, record.first_token = usage, self.context.names[0], self.first_token
-            if runs:
-                record.params = runs[0].generation.params.given_fields()
-                record.first_scheduled = runs[0].first_scheduled
-        await self.context.client.count(usage)
+        record.model, record.first_token = self.context.names[0], self.first_token
+        if runs:
+            record.params = runs[0].generation.params.given_fields()
+            record.first_scheduled = runs[0].first_scheduled
 
 
 def usage_of(runs: Sequence[Running]) -> TokenUsage:
@@ -121,7 +119,7 @@ class Answer(Response):
             for helper in helpers:
                 helper.cancel()
             self.close()
-            await self._account.close(self._runs, scope.get(RECORD))
+            self._account.close(self._runs, scope[RECORD])
 
     async def _start(self) -> None:
         """All of them, before anything is sent: what the engine refuses has its own HTTP status."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections import Counter
@@ -17,6 +18,7 @@ _log = logging.getLogger("nanoengine.access")
 _QUIET = PROBES | {"/live"}
 _MOST_REASONS = 8  # in a log line
 _MOST_PATH = 200  # characters of a path in a log line
+_LATER_SECONDS = 0.002
 
 RECORD = "nanoengine.record"
 """The key of a scope."""
@@ -31,7 +33,7 @@ class Record:
             paths.
         headers: the names are lower-case. client: name of the API key.
         status: that was sent; 499: the client left before; 0: nothing was sent.
-        usage: what the counters got; None: it did not come to the engine.
+        usage: what the counters get; None: it did not come to the engine.
         model: that answers say. params: fields of `SamplingParams` that were given.
         first_scheduled, first_token: when it happened, if it did.
     """
@@ -65,7 +67,8 @@ class Tracer(Protocol):
 
 
 class Observer:
-    """Writes a line for each request, counts what the engine does not see, and makes spans."""
+    """Writes a line for each request, counts it, and makes its span: a little later, as a client that has its answer
+    may send the next request at once, which need not wait for that."""
 
     def __init__(self, client: EngineClient, tracer: Tracer | None = None) -> None:
         self._client, self._tracer = client, tracer
@@ -74,11 +77,14 @@ class Observer:
         record.ended = time.monotonic()
         if record.path in _QUIET and record.status in (200, 503):  # 503 is an answer that a probe wants
             return
-        self._write(record)
-        if record.usage is None:
-            await self._client.count(Usage(client=record.client, endpoint=record.route, status=record.status))
-        if self._tracer is not None:
-            self._tracer.ended(record)
+        try:
+            await asyncio.sleep(_LATER_SECONDS)
+        finally:
+            self._write(record)
+            usage = record.usage or Usage(client=record.client, endpoint=record.route, status=record.status)
+            await self._client.count(usage)
+            if self._tracer is not None:
+                self._tracer.ended(record)
 
     def _write(self, record: Record) -> None:
         if not _log.isEnabledFor(logging.INFO):

@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import asyncio
 import faulthandler
-import gc
 import logging
 import os
 import socket
@@ -36,6 +35,7 @@ from typing import TYPE_CHECKING, Any
 from nanoengine.api.errors import NanoEngineError, described
 from nanoengine.observe.logs import configure_logs
 from nanoengine.service.control import Control, Message, inherit
+from nanoengine.service.garbage import settle_garbage
 from nanoengine.service.source import EngineSource
 
 if TYPE_CHECKING:
@@ -101,8 +101,7 @@ class EngineHost:
                 raise
             return
         service = self._service = service_of(llm, **parts)
-        gc.collect()
-        gc.freeze()  # the model's objects live as long as the process: collections need not look at them
+        settle_garbage()
         service.start()
         service.join(_End(self))
         from nanoengine.service.frames import info_to_json

@@ -1,0 +1,34 @@
+"""Python's collections of garbage in the engine's process."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+
+import pytest
+
+from nanoengine.service.garbage import settle_garbage
+
+
+@pytest.fixture
+def usual() -> Iterator[None]:
+    threshold = gc.get_threshold()
+    yield
+    gc.set_threshold(*threshold)
+    gc.unfreeze()
+
+
+def collections(settled: bool) -> int:
+    """While a step of some thousand requests makes its deltas and drops them, ten times."""
+    if settled:
+        settle_garbage()
+    before = sum(each["collections"] for each in gc.get_stats())
+    for _ in range(10):
+        deltas = [[number] for number in range(12_000)]
+        del deltas
+    return sum(each["collections"] for each in gc.get_stats()) - before
+
+
+def test_a_step_starts_no_collection(usual: None) -> None:
+    assert collections(settled=False) > 10  # or it would show nothing
+    assert collections(settled=True) == 0

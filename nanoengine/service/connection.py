@@ -31,6 +31,7 @@ from nanoengine.service.frames import (
     read_usage,
     sent,
 )
+from nanoengine.service.known_params import KnownParams
 from nanoengine.service.local import drained, merged
 from nanoengine.service.loop import EngineService
 from nanoengine.service.tracing import traced
@@ -54,8 +55,8 @@ class Connection:
         sock.setblocking(False)
         self._service, self._socket, self._number, self._on_end = service, sock, sock.fileno(), on_end
         self._loop = asyncio.get_running_loop()
-        self._taking = threading.Lock()  # guards the next two
-        self._reader = FrameReader()
+        self._taking = threading.Lock()  # guards the next three
+        self._reader, self._params = FrameReader(), KnownParams()
         self._taken: list[bytes] = []  # answers to what is being taken: one call sends them all
         self._lock = threading.Lock()  # guards what follows
         self._rest = memoryview(b"")  # of the frame that is being sent
@@ -170,7 +171,7 @@ class Connection:
             raise ProtocolError(f"a frame of kind {kind.name}, which clients do not send")
 
     def _add(self, content: bytes) -> None:
-        added = read_add(content)
+        added = read_add(content, self._params.of)
         if added.key in self._member.open:
             raise ProtocolError(f"a request with the key {added.key} of another one")
         try:

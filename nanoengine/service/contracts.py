@@ -27,9 +27,24 @@ class Output(Protocol):
         with the error "worker_failed" only say so, too. Nothing is called after this."""
 
 
+class Queued(Protocol):
+    """What waits, and has waited: as in `ServiceStats`."""
+
+    @property
+    def queued_requests(self) -> int: ...
+    @property
+    def queued_tokens(self) -> int: ...
+    @property
+    def queued_by_client(self) -> Mapping[str, int]: ...
+    @property
+    def started_requests(self) -> int: ...
+    @property
+    def started_tokens(self) -> int: ...
+
+
 class Limits(Protocol):
-    def check(self, request: ClientRequest, stats: ServiceStats) -> None:
-        """Raises the `RequestError` with which a new request is refused. `stats` do not count it."""
+    def check(self, request: ClientRequest, queue: Queued) -> None:
+        """Raises the `RequestError` with which a new request is refused. `queue`: without it; it changes later."""
 
 
 class Meter(Protocol):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import socket
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from enum import IntEnum
 from itertools import accumulate, chain, pairwise
@@ -34,6 +34,7 @@ from nanoengine.params.sampling_params import SamplingParams
 from nanoengine.service.client import ClientRequest, EngineInfo, ServiceStats, Usage
 
 _HEAD = struct.Struct("=II")
+_SIZES = struct.Struct("=II")  # of a request's two parts of JSON
 _LONGEST = 1e9  # seconds
 MOST_BYTES = 256 << 20  # of a frame
 _READ = 1 << 18
@@ -43,7 +44,7 @@ class Kind(IntEnum):
     """The kind of a frame. A key is the number of a request among those of its connection."""
 
     # from the client
-    ADD = 1  # JSON of a request, and its token ids
+    ADD = 1  # JSON of a request, JSON of its parameters, and its token ids
     ABORT = 2  # JSON: key, and a sample or null
     COUNT = 3  # JSON of a usage
     ASK = 4  # JSON: id, what, arguments
@@ -167,8 +168,16 @@ def from_json(value: Any) -> Any:
     return {key: from_json(each) for key, each in value.items()}
 
 
-def params_to_json(params: SamplingParams) -> dict[str, Any]:
-    return {name: to_json(name, value) for name, value in params.given_fields().items()}
+def params_to_json(params: SamplingParams) -> bytes:
+    """Raises `ParamsError`."""
+    found = {name: to_json(name, value) for name, value in params.given_fields().items()}
+    return json.dumps(found, separators=(",", ":")).encode()
+
+
+def params_from_json(data: bytes) -> SamplingParams:
+    """What `params_to_json` was given. Raises `ProtocolError` where it is no JSON object, else what wrong values
+    raise."""
+    return SamplingParams(**{name: from_json(value) for name, value in read_json(data).items()})
 
 
 # Requests
@@ -176,12 +185,11 @@ def params_to_json(params: SamplingParams) -> dict[str, Any]:
 
 def add_frame(key: int, request: ClientRequest, *, resumed: bool = False) -> bytes:
     """Raises `ParamsError` for a parameter that cannot be sent."""
-    ids = [request.prompt_token_ids, *request.generated]
+    ids, params = [request.prompt_token_ids, *request.generated], params_to_json(request.params)
     head = json.dumps(
         {
             "key": key,
             "id": request.request_id,
-            "params": params_to_json(request.params),
             "priority": request.priority,
             "pooling": request.pooling,
             "every": request.every,
@@ -197,7 +205,7 @@ def add_frame(key: int, request: ClientRequest, *, resumed: bool = False) -> byt
         tokens = np.fromiter(chain.from_iterable(ids), np.int32)
     except (OverflowError, TypeError, ValueError) as error:
         raise RequestError("invalid_prompt", f"a prompt is made of token ids: {error}") from error
-    return frame(Kind.ADD, struct.pack("=I", len(head)) + head + tokens.tobytes())
+    return frame(Kind.ADD, b"".join((_SIZES.pack(len(head), len(params)), head, params, tokens.tobytes())))
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,7 +220,6 @@ class Added:
 
 _TYPES: Mapping[str, tuple[type, ...]] = {
     "id": (str,),
-    "params": (dict,),
     "priority": (int, type(None)),
     "pooling": (str, type(None)),
     "every": (int,),
@@ -224,12 +231,13 @@ _TYPES: Mapping[str, tuple[type, ...]] = {
 }
 
 
-def read_add(content: bytes) -> Added:
-    """Raises `ProtocolError` where it is no request at all."""
+def read_add(content: bytes, params_of: Callable[[bytes], SamplingParams] = params_from_json) -> Added:
+    """`params_of`: as `params_from_json`. Raises `ProtocolError` where it is no request at all."""
     try:
-        (size,) = struct.unpack_from("=I", content)
-        head = read_json(content[4 : 4 + size])
-        tokens = np.frombuffer(content, np.int32, offset=4 + size) if len(content) > 4 + size else np.zeros(0, np.int32)
+        size, more = _SIZES.unpack_from(content)
+        middle, end = _SIZES.size + size, _SIZES.size + size + more
+        head = read_json(content[_SIZES.size : middle])
+        tokens = np.frombuffer(content, np.int32, offset=end) if len(content) > end else np.zeros(0, np.int32)
     except (struct.error, ValueError) as error:
         raise ProtocolError(f"a frame that is no request: {error}") from error
     key = read_key(head)
@@ -247,9 +255,9 @@ def read_add(content: bytes) -> Added:
     ends = [0, *accumulate(lengths)]
     parts = [tuple(every[start:end]) for start, end in pairwise(ends)]
     try:
-        params = SamplingParams(**{name: from_json(value) for name, value in head["params"].items()})
+        params = params_of(content[middle:end])
     except BaseException as error:  # values nested too deep, for example
-        if not is_failure(error):
+        if isinstance(error, ProtocolError) or not is_failure(error):
             raise
         wrong = error if isinstance(error, ParamsError) else ParamsError(f"parameters that raised {described(error)}")
         return Added(key, None, wrong=wrong)

@@ -8,7 +8,8 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from nanoengine.api.errors import RequestError
-from nanoengine.service.client import ClientRequest, ServiceStats
+from nanoengine.service.client import ClientRequest
+from nanoengine.service.contracts import Queued
 from nanoengine.service.options import LimitOptions
 
 _WINDOW = 60.0  # seconds over which the speed of the queue is measured
@@ -32,14 +33,14 @@ class QueueLimits:
         self._options, self._clock = options, clock
         self._measured: deque[_Measured] = deque()
 
-    def check(self, request: ClientRequest, stats: ServiceStats) -> None:
-        """Raises `RequestError("overloaded")` with `retry_after`, where the queue is full. `stats` do not count it."""
-        self._measure(stats)
+    def check(self, request: ClientRequest, queue: Queued) -> None:
+        """Raises `RequestError("overloaded")` with `retry_after`, where the queue is full. `queue`: without it."""
+        self._measure(queue)
         count, tokens = request.params.n, request.params.n * len(request.prompt_token_ids)
-        theirs, options = stats.queued_by_client.get(request.client, 0), self._options
+        theirs, options = queue.queued_by_client.get(request.client, 0), self._options
         over = {
-            "requests": _excess(stats.queued_requests, count, options.max_queued_requests),
-            "tokens of prompts": _excess(stats.queued_tokens, tokens, options.max_queued_tokens),
+            "requests": _excess(queue.queued_requests, count, options.max_queued_requests),
+            "tokens of prompts": _excess(queue.queued_tokens, tokens, options.max_queued_tokens),
             "requests of this client": _excess(theirs, count, options.max_queued_per_client),
         }
         if not any(over.values()):
@@ -47,7 +48,7 @@ class QueueLimits:
         seconds = max(
             self._seconds(over["requests"], "requests"),
             self._seconds(over["tokens of prompts"], "tokens"),
-            self._seconds(over["requests of this client"] * stats.queued_requests / max(1, theirs), "requests"),
+            self._seconds(over["requests of this client"] * queue.queued_requests / max(1, theirs), "requests"),
         )
         full = ", ".join(f"{excess:,} {what}" for what, excess in over.items() if excess)
         raise RequestError(
@@ -57,10 +58,10 @@ class QueueLimits:
             retry_after=seconds,
         )
 
-    def _measure(self, stats: ServiceStats) -> None:
+    def _measure(self, queue: Queued) -> None:
         now, measured = self._clock(), self._measured
         if not measured or now - measured[-1].at >= _STEP:
-            measured.append(_Measured(now, stats.started_requests, stats.started_tokens))
+            measured.append(_Measured(now, queue.started_requests, queue.started_tokens))
         while now - measured[0].at > _WINDOW:
             measured.popleft()
 

@@ -107,9 +107,9 @@ class EngineService:
                 waiting=found.waiting,
                 preparing=found.preparing,
                 requests=len(self._open),
-                queued_requests=self._queue.requests,
-                queued_tokens=self._queue.tokens,
-                queued_by_client=dict(self._queue.by_client),
+                queued_requests=self._queue.queued_requests,
+                queued_tokens=self._queue.queued_tokens,
+                queued_by_client=dict(self._queue.queued_by_client),
                 started_requests=self._queue.started_requests,
                 started_tokens=self._queue.started_tokens,
                 num_blocks=found.num_blocks,
@@ -198,7 +198,7 @@ class EngineService:
             if request.request_id in self._open:
                 raise RequestError("duplicate_id", f"request {request.request_id!r} is still running; give another id")
             if self._limits is not None and not resumed:
-                self._limits.check(request, self.stats())
+                self._limits.check(request, self._queue)
             self._enter(entry)
         try:
             self._give(entry, given)

@@ -42,16 +42,17 @@ class Queue:
     """Requests from `add` until they start. Its owner guards it with a lock.
 
     Attributes:
-        requests, tokens: how many, and the tokens of their prompts: one with n samples counts n times, its prompt too.
-        by_client: how many of each. started_requests, started_tokens: what was taken out since the start.
+        queued_requests, queued_tokens: how many, and the tokens of their prompts: one with n samples counts n times,
+            its prompt too. queued_by_client: how many of each.
+        started_requests, started_tokens: what was taken out since the start.
     """
 
     def __init__(self) -> None:
         self._entries: dict[str, OpenRequest] = {}
         self._deadlines: list[tuple[float, int, OpenRequest]] = []
         self._prefilling: dict[str, tuple[OpenRequest, int]] = {}  # those that want progress, and the last one
-        self.requests = self.tokens = self.started_requests = self.started_tokens = 0
-        self.by_client: dict[str, int] = {}
+        self.queued_requests = self.queued_tokens = self.started_requests = self.started_tokens = 0
+        self.queued_by_client: dict[str, int] = {}
 
     @property
     def is_followed(self) -> bool:
@@ -62,9 +63,9 @@ class Queue:
         request = entry.request
         self._entries[request.request_id] = entry
         count = request.params.n
-        self.requests += count
-        self.tokens += count * len(request.prompt_token_ids)
-        self.by_client[request.client] = self.by_client.get(request.client, 0) + count
+        self.queued_requests += count
+        self.queued_tokens += count * len(request.prompt_token_ids)
+        self.queued_by_client[request.client] = self.queued_by_client.get(request.client, 0) + count
         if request.timeout is not None:
             heapq.heappush(self._deadlines, (time.monotonic() + request.timeout, id(entry), entry))
 
@@ -76,11 +77,11 @@ class Queue:
         del self._entries[request.request_id]
         count = request.params.n
         tokens = count * len(request.prompt_token_ids)
-        self.requests, self.tokens = self.requests - count, self.tokens - tokens
+        self.queued_requests, self.queued_tokens = self.queued_requests - count, self.queued_tokens - tokens
         self.started_requests, self.started_tokens = self.started_requests + count, self.started_tokens + tokens
-        self.by_client[request.client] -= count
-        if not self.by_client[request.client]:
-            del self.by_client[request.client]
+        self.queued_by_client[request.client] -= count
+        if not self.queued_by_client[request.client]:
+            del self.queued_by_client[request.client]
 
     def late(self, now: float) -> Iterator[OpenRequest]:
         """Those whose time is over, each once; with the failure that they end with."""

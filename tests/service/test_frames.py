@@ -39,6 +39,7 @@ from nanoengine.service.frames import (
     read_usage,
     usage_frame,
 )
+from nanoengine.service.known_params import KnownParams
 from tests.service.test_client import plain, requests_deltas
 
 
@@ -139,6 +140,25 @@ def test_values_of_parameters_are_the_same_on_the_other_side(value: Any) -> None
     assert added.request == given_request
 
 
+def test_parameters_that_come_again_are_the_same_object() -> None:
+    known = KnownParams()
+    asked = [
+        ClientRequest(request_id="r", prompt_token_ids=(1,), params=SamplingParams(max_tokens=n, bad_words=["x"]))
+        for n in (5, 5, 6)
+    ]
+    found = [read_add(content(add_frame(0, each)), known.of).request for each in asked]
+    assert found == asked
+    one, again = (each.params for each in found[:2] if each is not None)
+    assert one is again
+    long = {"temperature": 0.5, "stop": ["y" * 2000]}  # is not kept
+    assert known.of(json.dumps(long).encode()) is not known.of(json.dumps(long).encode())
+    for n in range(2000):
+        known.of(b'{"max_tokens":%d}' % (n + 1))
+    assert len(known._known) <= 256
+    with pytest.raises(ParamsError):
+        known.of(b'{"n":0}')
+
+
 def test_numbers_of_numpy_are_numbers_and_other_objects_are_refused_by_name() -> None:
     asked = ClientRequest(request_id="r", prompt_token_ids=(1,), params=SamplingParams(top_p=np.float32(0.5)))
     added = read_add(content(add_frame(0, asked)))
@@ -181,10 +201,12 @@ def test_frames_arrive_whole_however_the_bytes_are_cut(contents: list[bytes], da
 def request_head(**changes: Any) -> bytes:
     given_request = ClientRequest(request_id="r", prompt_token_ids=(1, 2), params=SamplingParams())
     data = content(add_frame(0, given_request))
-    (size,) = struct.unpack_from("=I", data)
-    head = json.loads(data[4 : 4 + size]) | changes
+    size, more = struct.unpack_from("=II", data)
+    params = changes.pop("params", {})
+    head = json.loads(data[8 : 8 + size]) | changes
     encoded = json.dumps({key: value for key, value in head.items() if value != "missing"}).encode()
-    return struct.pack("=I", len(encoded)) + encoded + data[4 + size :]
+    inner = json.dumps(params).encode()
+    return struct.pack("=II", len(encoded), len(inner)) + encoded + inner + data[8 + size + more :]
 
 
 @pytest.mark.parametrize(
@@ -217,7 +239,13 @@ def test_a_request_with_a_wrong_value_is_refused_alone(changes: dict[str, Any]) 
 
 @pytest.mark.parametrize(
     "data",
-    [b"", b"x", struct.pack("=I", 90) + b"{}", struct.pack("=I", 2) + b"[]", struct.pack("=I", 2) + b"{}abc"],
+    [
+        b"",
+        b"x",
+        struct.pack("=II", 90, 0) + b"{}",
+        struct.pack("=II", 2, 0) + b"[]",
+        struct.pack("=II", 2, 0) + b"{}abc",
+    ],
 )
 def test_content_that_is_no_request_ends_its_connection(data: bytes) -> None:
     with pytest.raises(ProtocolError):

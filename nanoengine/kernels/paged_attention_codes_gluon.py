@@ -166,8 +166,10 @@ def _decode_codes_kernel(
     q_stride, table_stride, columns, min_tiles,
     CODE: gl.constexpr, PARTS: gl.constexpr, KV_HEADS: gl.constexpr, GROUP: gl.constexpr, N: gl.constexpr,
     BLOCK: gl.constexpr, TILE: gl.constexpr, STAGES: gl.constexpr, SPLITS: gl.constexpr, SCALE: gl.constexpr,
+    BESIDE: gl.constexpr,
 ):  # fmt: skip
-    """N: columns of query heads, of which GROUP are some. How rows are split: see `paged_attention_decode_triton`."""
+    """N: columns of query heads, of which GROUP are some. How rows are split, and BESIDE: see
+    `paged_attention_decode_triton`."""
     kv_head, row = gl.program_id(0), gl.program_id(1).to(gl.int64)
     split = gl.program_id(2)  # slowest, so that programs without work start behind those with
     scored: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, N, 32])
@@ -202,7 +204,7 @@ def _decode_codes_kernel(
         if (start < end) & (start + TILE < length):
             _ask(cached, kept, i, start, end, many[i], ones[i], TILE)
         async_copy.commit_group()
-    wait_for_inputs(True)
+    wait_for_inputs(not BESIDE)
     release_dependents(True)
     if split >= used:
         return
@@ -292,6 +294,7 @@ def _decode_codes_kernel(
         if come(tickets + pair) == used - 1:
             _combine(part, lse, out, used, GROUP)
             gl.store(tickets + pair, 0)  # for the next launch
+    wait_for_inputs(BESIDE)
 
 
 def takes(q: Tensor, k_cache: Tensor) -> bool:
@@ -306,6 +309,7 @@ def takes(q: Tensor, k_cache: Tensor) -> bool:
 def attend_codes(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, scales: tuple[Tensor, Tensor], out: Tensor, block_tables: Tensor,
     seq_lens: Tensor, *, scale: float, config: DecodeConfig, scratch: DecodeScratch,
+    beside: bool = False,
 ) -> None:  # fmt: skip
     """As `attend_decode`, of what `takes` takes. q: each token's heads in one piece."""
     rows, heads = out.shape[:2]
@@ -317,5 +321,5 @@ def attend_codes(
         max(1, config.min_tiles * config.tile // _TILE), CODE=_TYPES[k_cache.dtype],
         PARTS=3 if q.dtype == torch.float16 and k_cache.dtype != torch.int8 else 2,
         KV_HEADS=kv_heads, GROUP=group, N=max(8, triton.next_power_of_2(group)), BLOCK=block_size, TILE=_TILE,
-        STAGES=_STAGES, SPLITS=config.splits, SCALE=scale, num_warps=4, launch_pdl=True,
+        STAGES=_STAGES, SPLITS=config.splits, SCALE=scale, BESIDE=beside, num_warps=4, launch_pdl=True,
     )  # fmt: skip

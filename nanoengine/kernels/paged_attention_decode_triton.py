@@ -523,8 +523,9 @@ def attend_decode(
         by_gluon = codes_by_gluon(q.device)
         if by_gluon is not None and by_gluon.takes(q, k_cache):
             by_gluon.attend_codes(
-                q, k_cache, v_cache, scales, out, block_tables, seq_lens, scale=scale, config=config, scratch=scratch
-            )
+                q, k_cache, v_cache, scales, out, block_tables, seq_lens, scale=scale, config=config, scratch=scratch,
+                beside=beside,
+            )  # fmt: skip
             return
     norms = new is not None and new.q_weight is not None
     d_pad, group_p2 = padded_head(width), triton.next_power_of_2(group)

@@ -123,20 +123,27 @@ def test_triton_in_every_kernel(kv_dtype: str, more: dict[str, Any]) -> None:
 @pytest.mark.skipif(DEVICE == "cpu" or torch.cuda.get_device_capability() != (9, 0), reason="for Hopper GPUs")
 @EACH
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("heads", "block_size"), [(2, 32), (4, 16), (10, 128), (32, 64)])
+@pytest.mark.parametrize(
+    ("heads", "block_size", "mixed"), [(2, 32, False), (4, 16, True), (10, 128, True), (32, 64, False)]
+)
 def test_tensor_cores_take_codes(
-    kv_dtype: str, dtype: torch.dtype, heads: int, block_size: int, monkeypatch: pytest.MonkeyPatch
+    kv_dtype: str, dtype: torch.dtype, heads: int, block_size: int, mixed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from nanoengine.kernels import paged_attention_codes_gluon as by_gluon
 
-    attend, calls = by_gluon.attend_codes, []
-    monkeypatch.setattr(by_gluon, "attend_codes", lambda *args, **more: (calls.append(1), attend(*args, **more)))
+    attend, beside = by_gluon.attend_codes, []
+    monkeypatch.setattr(
+        by_gluon, "attend_codes", lambda *args, **more: (beside.append(more["beside"]), attend(*args, **more))
+    )
+    rows, more = [(1, length) for length in (1, 63, 64, 65, 128, 193, 300, 700)], {"padded_rows": 1}
+    if mixed:
+        rows, more = [*rows, (20, 90)], {"tail": 3}
     case = Case(
-        rows=[(1, length) for length in (1, 63, 64, 65, 128, 193, 300, 700)], padded_rows=1, heads=heads, kv_heads=2,
-        head_size=128, block_size=block_size, dtype=dtype, device=DEVICE, kv_dtype=kv_dtype, max_model_len=4096,
+        rows=rows, heads=heads, kv_heads=2, head_size=128, block_size=block_size, dtype=dtype, device=DEVICE,
+        kv_dtype=kv_dtype, max_model_len=4096, **more,
     )  # fmt: skip
     assert error(case, TritonPaged) < TOLERANCE[dtype]
-    assert calls
+    assert beside == [mixed]
 
 
 @needs_triton

@@ -162,7 +162,7 @@ def codes(kind: str, group: int) -> dict[str, Any]:
     }  # fmt: skip
     constants = {
         "CODE": by_gluon._TYPES[stored], "PARTS": 2, "KV_HEADS": 8, "GROUP": group, "N": 8, "BLOCK": 16,
-        "TILE": by_gluon._TILE, "STAGES": by_gluon._STAGES, "SPLITS": 1, "SCALE": 0.1,
+        "TILE": by_gluon._TILE, "STAGES": by_gluon._STAGES, "SPLITS": 1, "SCALE": 0.1, "BESIDE": False,
     }  # fmt: skip
     given = {name: type_ for type_, names in types.items() for name in names}
     return compiled(by_gluon._decode_codes_kernel, given, constants)

@@ -152,7 +152,7 @@ def caches(every: bool) -> Iterator[Launch]:
         )
         assert by_gluon.takes(q, cache)
         launch = partial(by_gluon.attend_codes, q, cache, cache, scales, *read[3:], scale=0.1, scratch=scratch)
-        yield f"{name} decode by Gluon", partial(launch, config=one)
+        yield f"{name} decode by Gluon", partial(launch, config=one, beside=rows > 1)
         yield f"{name} prefill", partial(attention.attend_prefill, *read, starts, **given)
         yield (
             f"{name} several",

@@ -17,6 +17,7 @@ from __future__ import annotations
 import codecs
 import json
 import re
+from collections.abc import Iterable
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -33,6 +34,9 @@ class TokenStream(Protocol):
 
     def push(self, token_id: int) -> str:
         """Appends a token; returns the text that became certain with it (often of earlier tokens too)."""
+
+    def extend(self, token_ids: Iterable[int]) -> str:
+        """`push` of several tokens; returns their texts, joined."""
 
     def tail(self) -> str:
         """Text that would follow if the sequence ended here; it may still change. "" if a character is incomplete."""
@@ -138,6 +142,9 @@ class ByteLevelStream:
     def push(self, token_id: int) -> str:
         return self._utf8.decode(self._bytes[token_id])
 
+    def extend(self, token_ids: Iterable[int]) -> str:
+        return self._utf8.decode(b"".join([self._bytes[token_id] for token_id in token_ids]))
+
     def tail(self) -> str:
         return ""  # pending bytes are always an incomplete character
 
@@ -170,6 +177,9 @@ class WindowStream:
             return ""
         self._settle(text)
         return text
+
+    def extend(self, token_ids: Iterable[int]) -> str:
+        return "".join(map(self.push, token_ids))
 
     def tail(self) -> str:
         text = self._pending_text() if self._pending else ""
@@ -209,6 +219,9 @@ class WholeStream:
         if token_id >= 0:
             self._ids.append(token_id)
         return ""
+
+    def extend(self, token_ids: Iterable[int]) -> str:
+        return "".join(map(self.push, token_ids))
 
     def tail(self) -> str:
         text: str = self._backend.decode(self._ids, skip_special_tokens=self._skip)

@@ -51,6 +51,12 @@ class _Text:
         match = matcher.feed(new, self._min_end)
         return new, matcher.peek(tail, self._min_end) if tail and match is None else match
 
+    def extend(self, token_ids: Iterable[int]) -> str:
+        """The text that became certain, where there are no stop strings."""
+        new = self._stream.extend(token_ids)
+        self.length += len(new)
+        return new
+
     def finish(self, stop_token: int | None = None, early: bool = False) -> tuple[str, StopMatch | None]:
         """The rest of the text, including that of `stop_token`, and the first stop string in it."""
         new = (self._stream.push(stop_token) if stop_token is not None else "") + self._stream.finish()
@@ -180,12 +186,15 @@ class IncrementalDetokenizer:
         """Number of tokens read. If a stop string was found, the last one is the token that completed it."""
         return self._num_tokens
 
-    def push(self, token_ids: Iterable[int]) -> str | None:
+    def push(self, token_ids: Sequence[int]) -> str | None:
         """Appends tokens. Returns the stop string that ended the sample, or None.
 
         Tokens after the one that completed a stop string are not read. After a stop string the text is final, and
         `push` and `finish` must not be called again.
         """
+        if not self._stops:  # most often: many tokens at once take a fraction of the time
+            self._num_tokens += len(token_ids)
+            return self._take(self._text.extend(token_ids), None, None)
         for token_id in token_ids:
             self._num_tokens += 1
             early = self._num_tokens <= self._min_tokens

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -410,6 +410,9 @@ class _ShowsBrokenCharacters(ByteLevelStream):
 
     def push(self, token_id: int) -> str:
         return self._bytes[token_id].decode("utf-8", "replace")
+
+    def extend(self, token_ids: Iterable[int]) -> str:
+        return "".join(map(self.push, token_ids))
 
 
 def test_a_stream_that_shows_broken_characters_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:

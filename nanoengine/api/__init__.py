@@ -43,7 +43,7 @@ from nanoengine.api.errors import (
     UnsupportedError,
     WeightsError,
 )
-from nanoengine.api.grammars import Constraint, Grammar, GrammarBackend, GrammarContext, Matcher
+from nanoengine.api.grammars import Advanced, Constraint, Grammar, GrammarBackend, GrammarContext, Matcher
 from nanoengine.api.hooks import hookimpl
 from nanoengine.api.parallel import TensorParallelGroup
 from nanoengine.api.policies import Policy, QueuedRequest
@@ -108,6 +108,7 @@ _NEEDS_TORCH = {
 
 __all__ = [
     "API_VERSION",
+    "Advanced",
     "Attention",
     "AttentionBackend",
     "AttentionCapabilities",

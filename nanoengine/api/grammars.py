@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Self
 
@@ -57,6 +57,20 @@ class GrammarContext:
         return -(-self.vocab_size // 32)
 
 
+@dataclass(frozen=True, slots=True)
+class Advanced:
+    """What `Matcher.advance` says of matchers, by their places.
+
+    Attributes:
+        failed: those that did not take their token, or could not compute their mask -> the error that `consume` or
+            `mask` raises; None: the grammar refuses the token. Such a matcher is not used any more.
+        complete: those whose output is complete (`Matcher.is_accepting`).
+    """
+
+    failed: Mapping[int, GrammarError | None]
+    complete: Sequence[int]
+
+
 class Matcher(ABC):
     """The state of one output in its grammar. One thread at a time uses it."""
 
@@ -82,34 +96,20 @@ class Matcher(ABC):
         """
 
     @classmethod
-    def consume_each(cls, matchers: Sequence[Self], token_ids: Sequence[int]) -> Mapping[int, GrammarError | None]:
-        """Advance several matchers of this class over one token each.
-
-        Returns the place of each that did not take its token -> the error that its own `consume` raises, or None where
-        the grammar refuses the token. Such a matcher is not used any more. Default: one after the other.
-        """
-        failed = dict[int, GrammarError | None]()
-        for place, (matcher, token) in enumerate(zip(matchers, token_ids, strict=True)):
+    def advance(cls, matchers: Sequence[Self], token_ids: Sequence[int | None], out: npt.NDArray[np.int32]) -> Advanced:
+        """Several matchers of this class consume a token each, those with None none; then each writes its mask into its
+        row of `out`, contiguous int32 [N, W]. Default: one after the other, by `consume` and `mask`."""
+        failed, complete = dict[int, GrammarError | None](), list[int]()
+        for place, (matcher, token, row) in enumerate(zip(matchers, token_ids, out, strict=True)):
             try:
-                if matcher.consume((token,)) != 1:
+                if token is not None and matcher.consume((token,)) != 1:
                     failed[place] = None
+                    continue
+                matcher.mask(row)
+                complete += [place] * matcher.is_accepting
             except GrammarError as error:
                 failed[place] = error
-        return failed
-
-    @classmethod
-    def masks(cls, matchers: Sequence[Self], out: npt.NDArray[np.int32]) -> Set[int]:
-        """`mask` of several matchers of this class, into the rows of `out`, contiguous int32 [N, W].
-
-        Returns the places of those that failed, whose own `mask` then raises. Default: one after the other.
-        """
-        failed = set[int]()
-        for place, (matcher, row) in enumerate(zip(matchers, out, strict=True)):
-            try:
-                matcher.mask(row)
-            except GrammarError:
-                failed.add(place)
-        return failed
+        return Advanced(failed, complete)
 
     @property
     @abstractmethod

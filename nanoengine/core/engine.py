@@ -32,7 +32,7 @@ from nanoengine.api.errors import (
 from nanoengine.core.delivery import START, OpenRequests, Watch
 from nanoengine.core.execution.executor import Executor
 from nanoengine.core.execution.results import NotLaunched, StepHandle, wait_out
-from nanoengine.core.host_states import supplied_columns
+from nanoengine.core.host_states import LastAsked, supplied_columns
 from nanoengine.core.outputs import ALL, Report, RequestState, Sink
 from nanoengine.core.scheduling.messages import ScheduledStep, Update
 from nanoengine.core.scheduling.scheduler import Scheduler
@@ -67,7 +67,7 @@ class Engine:
         self._watch: Watch | None = None
         self._mid_update = False  # True while scheduler, steps in flight and open requests do not agree
         self._logged_errors: set[type[BaseException]] = set()  # types of errors that broke steps
-        self._closed, self._pid = False, os.getpid()
+        self._asked, self._closed, self._pid = LastAsked(), False, os.getpid()
         self._ended_by: WorkerError | None = None
         self._step_lock = threading.RLock()  # one step at a time; taken before the locks of _requests
 
@@ -188,7 +188,7 @@ class Engine:
             return
         oldest, self._mid_update = self._in_flight[0], True
         vocab_size, most_forced = self._inputs.ctx.vocab_size, self.scheduler.config.most_forced
-        columns, failed = supplied_columns(oldest.step, vocab_size, most_forced, oldest.handle.room)
+        columns, failed = supplied_columns(oldest.step, vocab_size, most_forced, oldest.handle.room, self._asked)
         self._in_flight[0] = InFlight(oldest.step, self._launched(partial(oldest.handle.supply, columns)))
         self._process(failed)
         self._mid_update = False

@@ -5,8 +5,9 @@ A state is a plugin's: whatever goes wrong in it is a `RequestError("processor_f
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from operator import index
 from typing import Any, NamedTuple
 
@@ -80,9 +81,32 @@ class BoundState:
         return forced[1 + right :]
 
 
-Asked = tuple[BoundState, Sequence[int], Sequence[int], Sequence[int]]
-"""A state that is asked for columns; the output tokens of its sample; numbers of the draws, all but the first of which
-are behind drafts; and these drafts."""
+@dataclass(frozen=True)
+class Asked:
+    """States of one processor and class that are asked for columns.
+
+    Attributes:
+        outputs: of each state the output tokens of its sample. draws: int32, the number of its first draw. drafts:
+            place of a state -> tokens behind each of which it has another draw, numbered on from its first one.
+    """
+
+    bounds: Sequence[BoundState]
+    outputs: Sequence[Sequence[int]]
+    draws: npt.NDArray[np.int32]
+    drafts: Mapping[int, Sequence[int]] = field(default_factory=dict)
+
+    @cached_property
+    def states(self) -> list[HostState]:
+        return [bound.state for bound in self.bounds]
+
+    @cached_property
+    def in_order(self) -> bool:
+        """Whether draw i is of state i."""
+        return bool((self.draws == np.arange(len(self.draws))).all())
+
+    def forced(self, place: int, vocab_size: int) -> Sequence[int]:
+        """As in `BoundState`."""
+        return self.bounds[place].forced(self.drafts.get(place, ()), vocab_size)
 
 
 class DrawValues(NamedTuple):
@@ -95,67 +119,77 @@ class DrawValues(NamedTuple):
 
 
 def next_columns(
-    asked: Sequence[Asked], vocab_size: int, room: npt.NDArray[np.int32] | None = None
+    asked: Asked, vocab_size: int, room: npt.NDArray[np.int32] | None = None
 ) -> tuple[list[DrawValues], dict[int, RequestError]]:
-    """Feeds states of one processor and class what is new, and takes their columns: of draws that are behind no draft
-    together, where the class can. Also place -> error of those that failed.
+    """Feeds the states what is new, and takes their columns: of draws that are behind no draft together, where the
+    class can. Also place -> error of those that failed.
 
     room: [L, words]; masks of the first draws may be written to its first rows, instead of to new memory."""
     found, failed = _together(asked, vocab_size, room)
-    alone: dict[str, tuple[list[int], list[npt.NDArray[Any]]]] = {}
-    for place, (bound, output, draws, drafts) in enumerate(asked):
-        if (found is not None and not drafts) or place in failed:
+    out = list[DrawValues]()
+    every, apart, places = not failed and not asked.drafts, {*failed, *asked.drafts}, range(len(asked.bounds))
+    plain = places if every else [i for i in places if i not in apart]
+    if found is not None and plain:
+        draws = asked.draws if every else asked.draws[plain]
+        for column, values in found.items():
+            own = values if every else values[plain]
+            offsets = np.arange(0, own.size + 1, own.size // len(plain), dtype=np.int32)
+            out.append(DrawValues(column, draws, own.ravel(), offsets))
+    return out + _alone(asked, vocab_size, places if found is None else asked.drafts, failed), failed
+
+
+def _alone(asked: Asked, vocab_size: int, places: Iterable[int], failed: dict[int, RequestError]) -> list[DrawValues]:
+    """Of the states at these places, one by one. Those that fail are added to `failed`."""
+    columns: dict[str, tuple[list[int], list[npt.NDArray[Any]]]] = {}
+    for place in places:
+        if place in failed:
             continue
+        drafts, first = asked.drafts.get(place, ()), int(asked.draws[place])
         try:
-            bound.feed(output)
-            for column, values in bound.columns(drafts, vocab_size).items():
-                numbers, parts = alone.setdefault(column, ([], []))
-                numbers += draws
+            asked.bounds[place].feed(asked.outputs[place])
+            for column, values in asked.bounds[place].columns(drafts, vocab_size).items():
+                numbers, parts = columns.setdefault(column, ([], []))
+                numbers += range(first, first + 1 + len(drafts))
                 parts += [np.array(each).ravel() for each in values]  # a state may change its own with the next call
         except RequestError as error:
             failed[place] = error
-    out = list[DrawValues]()
-    if found is not None and (plain := [i for i, each in enumerate(asked) if not each[3] and i not in failed]):
-        first = np.array([asked[i][2][0] for i in plain], np.int32)
-        for column, every in found.items():
-            own = every if len(plain) == len(asked) else every[plain]
-            offsets = np.arange(0, own.size + 1, own.size // len(plain), dtype=np.int32)
-            out.append(DrawValues(column, first, own.ravel(), offsets))
-    for column, (numbers, parts) in alone.items():
-        offsets = np.cumsum([0, *map(len, parts)], dtype=np.int32)
-        out.append(DrawValues(column, np.array(numbers, np.int32), np.concatenate(parts), offsets))
-    return out, failed
+    return [
+        DrawValues(
+            column, np.array(numbers, np.int32), np.concatenate(parts), np.cumsum([0, *map(len, parts)], dtype=np.int32)
+        )
+        for column, (numbers, parts) in columns.items()
+    ]
 
 
 def _together(
-    asked: Sequence[Asked], vocab_size: int, room: npt.NDArray[np.int32] | None
+    asked: Asked, vocab_size: int, room: npt.NDArray[np.int32] | None
 ) -> tuple[Mapping[str, npt.NDArray[Any]] | None, dict[int, RequestError]]:
     """By one call of the class: of each column an array, [N] or [N, width], and place -> error. None: it has no way to
     do so, and nothing was done."""
-    processor, states = asked[0][0].processor, type(asked[0][0].state)
+    bounds, outputs, count = asked.bounds, asked.outputs, len(asked.bounds)
+    processor, states = bounds[0].processor, type(bounds[0].state)
     specs = processor.params.columns
     if any(spec.ragged for spec in specs.values()):
         return None, {}
-    new = [output[bound.fed :] for bound, output, _, _ in asked]
-    if room is not None and [draws[0] for _, _, draws, _ in asked] != list(range(min(len(asked), len(room)))):
-        room = None
+    room = room if room is not None and asked.in_order and count <= len(room) else None
     out = dict[str, npt.NDArray[Any]]()
     for name, spec in specs.items():
         if room is not None and spec.op is StandardOp.BITMASK:
-            out[name], room = room[: len(asked)], None
+            out[name], room = room[:count], None
         else:
-            out[name] = np.empty((len(asked), *values_of_draw(spec, vocab_size)), spec.dtype)
+            out[name] = np.empty((count, *values_of_draw(spec, vocab_size)), spec.dtype)
+    new = [output[bound.fed :] for bound, output in zip(bounds, outputs, strict=True)]
     try:
-        found = states.columns_together([each[0].state for each in asked], new, out)
+        found = states.columns_together(asked.states, new, out)
         if found is None:
             return None, {}
         failed = {i: _failure(error, processor, "columns_together") for i, error in found.items()}
         for name, spec in specs.items():
-            pack_draws(processor.name, name, spec, out[name], len(asked), vocab_size)
+            pack_draws(processor.name, name, spec, out[name], count, vocab_size)
     except BaseException as error:  # noqa: BLE001 - it is raised, or each request has it
-        failed = {i: _failure(error, each[0].processor, "columns_together") for i, each in enumerate(asked)}
-    for bound, output, _, _ in asked:
-        bound.fed = len(output)
+        failed = {i: _failure(error, bound.processor, "columns_together") for i, bound in enumerate(bounds)}
+    for bound, tokens in zip(bounds, new, strict=True):
+        bound.fed += len(tokens)
     return out, {i: _of_request(failure) for i, failure in failed.items()}
 
 

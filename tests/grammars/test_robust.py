@@ -13,11 +13,11 @@ from llguidance import LLExecutor
 
 from nanoengine import SamplingParams, StructuredOutputsParams
 from nanoengine.api import Constraint, GrammarError
-from nanoengine.plugins.grammars import llguidance
 
 from .corpus import SAMPLE
 from .support import grammar_llm, params
 from .test_backends import EXAMPLES, TAGS, TOKENIZER, backend
+from .test_state import by_threads
 
 TEXTS = {
     "json": [json.dumps(schema) for schema in SAMPLE],
@@ -113,12 +113,13 @@ def test_what_is_too_complex_behind_a_token_is_said_to_be_that() -> None:
 
 @pytest.mark.parametrize("threads", [0, 2])
 def test_together_it_is_no_refusal_either(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(llguidance, "_FEWEST_IN_PARALLEL", 2)
+    by_threads(monkeypatch)
     asked = [StructuredOutputsParams(**HEAVY["many"]), *(StructuredOutputsParams(choice=[each]) for each in ("a", "b"))]
     matchers: Any = [backend().compile(each.constraint()).matcher() for each in asked]
     for each in matchers:
         each._executor = LLExecutor(threads) if threads else None
-    failed = type(matchers[0]).consume_each(matchers, [_allowed(matchers[0])[0], ord("a"), ord("a")])
+    out = np.zeros((3, 10), np.int32)
+    failed = type(matchers[0]).advance(matchers, [_allowed(matchers[0])[0], ord("a"), ord("a")], out).failed
     assert sorted(failed) == [0, 2]
     assert "12007 items; max is 2000" in str(failed[0])
     assert failed[2] is None

@@ -13,6 +13,7 @@ from llguidance import LLExecutor
 
 from nanoengine.api import Constraint
 from nanoengine.api.errors import GrammarError, RequestError
+from nanoengine.api.grammars import Advanced
 from nanoengine.plugins.grammars import llguidance
 from nanoengine.plugins.samplers.grammar_state import GrammarState
 from nanoengine.testing.byte_tokenizer import END, END_REASONING, byte_tokenizer
@@ -70,11 +71,17 @@ def test_looking_ahead_is_feeding(number: int, reasoning: int | None) -> None:
         fed.append(token)
 
 
+def by_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All matchers but the first, where there are threads."""
+    for name, value in (("_SECONDS_ALONE", -1.0), ("_SECONDS_LEFT", -1.0), ("_LOOK_EVERY", 1)):
+        monkeypatch.setattr(llguidance, name, value)
+
+
 def together(monkeypatch: pytest.MonkeyPatch, threads: int) -> bool:
     """Whether states that are asked together, in steps in which some have got tokens and some have not, say what each
     says alone."""
     rng, executor = random.Random(1), LLExecutor(threads) if threads else None
-    monkeypatch.setattr(llguidance, "_FEWEST_IN_PARALLEL", 2)
+    by_threads(monkeypatch)
     each = [(CONSTRAINTS[i // 2], CLOSE if i % 2 else None) for i in range(2 * len(CONSTRAINTS))]
     states, fed = [state(*one) for one in each], [list[int]() for _ in each]
     for made in states:
@@ -105,17 +112,26 @@ def together(monkeypatch: pytest.MonkeyPatch, threads: int) -> bool:
 
 @pytest.mark.parametrize("threads", [0, 2])
 def test_states_that_are_asked_together_say_what_each_says_alone(monkeypatch: pytest.MonkeyPatch, threads: int) -> None:
-    """By two calls of llguidance for all of them, and one by one."""
+    """By calls of llguidance for all of them, or one by one."""
     assert together(monkeypatch, threads)
 
 
 def rows_shifted(patch: pytest.MonkeyPatch) -> None:
-    masks = llguidance._Matcher.masks
-    patch.setattr(llguidance._Matcher, "masks", lambda matchers, out: masks(matchers[1:] + matchers[:1], out))
+    advance = llguidance._Matcher.advance
+
+    def broken(matchers: Any, tokens: Any, out: Any) -> Any:
+        result = advance(matchers, tokens, out)
+        out[:] = np.roll(out, 1, axis=0)
+        return result
+
+    patch.setattr(llguidance._Matcher, "advance", broken)
 
 
 def masks_before_feeding(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(llguidance._Matcher, "consume_each", lambda matchers, token_ids: {})
+    advance = llguidance._Matcher.advance
+    patch.setattr(
+        llguidance._Matcher, "advance", lambda matchers, tokens, out: advance(matchers, [None] * len(tokens), out)
+    )
 
 
 def ends_of_others(patch: pytest.MonkeyPatch) -> None:
@@ -136,20 +152,18 @@ def test_mutants_of_asking_together_are_caught(monkeypatch: pytest.MonkeyPatch, 
 @pytest.mark.parametrize("threads", [0, 2])
 def test_a_state_that_fails_among_others_fails_alone(monkeypatch: pytest.MonkeyPatch, threads: int) -> None:
     """One's mask is beyond the limits, one is fed what its grammar refuses, and one several such tokens."""
-    monkeypatch.setattr(llguidance, "_FEWEST_IN_PARALLEL", 2)
+    by_threads(monkeypatch)
     states = [state(Constraint(kind="regex", text="ab?")) for _ in range(5)]
     for made in states:
         made._matcher._executor = LLExecutor(threads) if threads else None  # type: ignore[attr-defined]
 
-    def failing(out: Any) -> None:
-        raise GrammarError("beyond its limits")
+    def failing(matchers: Any, tokens: Any, out: Any) -> Any:
+        found = advance(matchers, tokens, out)
+        at = [i for i, each in enumerate(matchers) if each is states[1]._matcher]
+        return Advanced({**found.failed, **dict.fromkeys(at, GrammarError("beyond its limits"))}, found.complete)
 
-    def masks(matchers: Any, out: Any) -> Any:
-        return compute(matchers, out) | {i for i, each in enumerate(matchers) if each is states[1]._matcher}
-
-    compute = llguidance._Matcher.masks
-    states[1]._matcher.mask = failing  # type: ignore[method-assign]
-    monkeypatch.setattr(llguidance._Matcher, "masks", masks)
+    advance = llguidance._Matcher.advance
+    monkeypatch.setattr(llguidance._Matcher, "advance", failing)
     out = np.zeros((5, VOCAB // 32), np.int32)
     fed = [[ord("a")], [], [ord("x")], [ord("a"), ord("b"), ord("b")], []]
     failed = GrammarState.columns_together(states, fed, {"allowed": out})

@@ -64,15 +64,15 @@ class CapturedTail:
         """The mask of the next masked pass over so many draws, without waiting: an earlier one has read its own, as the
         columns of a step follow the result of the one before it. own: which of the draws are the plan's. supplied: of
         one column; draws without any keep all. Values in `host_mask` are those of the first draws."""
-        host, free = self.host_mask[:draws], np.ones(draws, dtype=np.bool_)
+        host, count = self.host_mask[:draws], len(supplied[0].draws) if len(supplied) == 1 else 0
+        if count and own[count - 1] == count - 1 and np.may_share_memory(supplied[0].values, host):
+            host[count:] = -1  # most often: the first draws' masks are where they belong
+            return
+        free = np.ones(draws, dtype=np.bool_)
         for each in supplied:
             places, values = own[each.draws], each.values.reshape(len(each.draws), -1)
             free[places] = False
-            ordered = bool(len(places)) and places[-1] - places[0] == len(places) - 1  # most often
-            if not np.may_share_memory(values, host):
-                host[slice(places[0], places[-1] + 1) if ordered else places] = values
-            elif not ordered or places[0]:
-                host[places] = values.copy()
+            host[places] = values.copy() if np.may_share_memory(values, host) else values
         host[free] = -1
 
     def run(self, inputs: StepRows, kind: int, logits: Tensor, max_drafts: int = 0, *, masked: bool = False) -> None:

@@ -135,11 +135,11 @@ class Scheduler:
         `pick_check_at` such a row is booked right here, as `Draft.book` would."""
         order = self.running.copy() if self._first is None else self._roster.service_order(self._first)
         self._first = None
-        slots, starts, budget = draft.slots, draft.starts, draft.budget
+        slots, starts, budget, late = draft.slots, draft.starts, draft.budget, False
         for request in order:
             length = request.length
             if length < request.pick_check_at and budget:
-                draft.late = draft.late or bool(request.host_states)
+                late = late or bool(request.host_states)
                 slots.append(request.slot)
                 starts.append(length - 1)
                 request.num_computed, request.length = length, length + 1
@@ -148,9 +148,9 @@ class Scheduler:
             draft.budget = budget
             if request not in self._roster.retry_alone and not self._pick(request, draft):
                 self._first = request
-                return
+                break
             budget = draft.budget
-        draft.budget = budget
+        draft.budget, draft.late = budget, draft.late or late
 
     def _pick(self, request: Request, draft: Draft) -> bool:
         """Gives a running request as many of its tokens as budget and blocks allow. False: there is no budget left."""

@@ -22,14 +22,14 @@ class AddedTokens:
     """The ids of a tokenizer that are no text."""
 
     def __init__(self, tokenizer: LLTokenizer, end_ids: Iterable[int]) -> None:
-        """`end_ids`: masks have them wherever the output is complete."""
-        self._tokenizer = tokenizer
+        """`end_ids`: one or more; masks have them wherever the output is complete, or the matcher has failed."""
+        self._tokenizer, ends = tokenizer, _bits(end_ids, tokenizer.vocab_size)
         special = [i for i in range(tokenizer.vocab_size) if tokenizer.is_special_token(i)]
         padded = [i for i in special if tokenizer.decode_bytes([i]) == b"<[%d]>" % i]  # llguidance's name for them
         bits = _bits(special, tokenizer.vocab_size)
-        self._words = bits.nonzero()[0]
+        self._words = (bits | ends).nonzero()[0]
         self._special, self._padded = bits[self._words], _bits(padded, tokenizer.vocab_size)[self._words]
-        self._inside = self._special & ~_bits(end_ids, tokenizer.vocab_size)[self._words]
+        self._inside, self._any = self._special & ~ends[self._words], self._special | ends[self._words]
 
     def correct(self, matcher: LLMatcher, mask: npt.NDArray[np.int32]) -> None:
         """Changes the mask, int32 [ceil(vocab_size / 32)], that llguidance has computed for this matcher."""
@@ -48,13 +48,22 @@ class AddedTokens:
         spelled = self._beginnings(matcher.compute_ff_bytes().decode(errors="ignore"))
         mask[:] = _bits(spelled or [only], self._tokenizer.vocab_size)
 
-    def correct_each(self, matchers: Sequence[LLMatcher], masks: npt.NDArray[np.int32]) -> None:
-        """`correct` of several matchers; masks: int32 [N, ceil(vocab_size / 32)]."""
-        found = masks.take(self._words, axis=1) & self._special
-        for row in np.flatnonzero(found.any(axis=1)).tolist():
-            matcher = matchers[row]
-            if ((found[row] & self._inside).any() or not matcher.is_accepting()) and not matcher.is_error():
+    def correct_each(self, matchers: Sequence[LLMatcher], masks: npt.NDArray[np.int32]) -> list[int]:
+        """`correct` of several matchers; masks: int32 [N, ceil(vocab_size / 32)]. Returns the rows that have one of
+        these tokens, or an end: the others have not failed, and their output is not complete."""
+        found = masks.take(self._words, axis=1) & self._any
+        if not found.any():
+            return []
+        rows: list[int] = np.flatnonzero(found.any(axis=1)).tolist()
+        for row in rows:
+            special, matcher = found[row] & self._special, matchers[row]
+            if (
+                special.any()
+                and not matcher.is_error()
+                and ((special & self._inside).any() or not matcher.is_accepting())
+            ):
                 self._correct(matcher, masks[row])
+        return rows
 
     def _beginnings(self, text: str) -> list[int]:
         """Tokens that are text, and with which this one begins."""

@@ -8,12 +8,14 @@ from __future__ import annotations
 import json
 import os
 import threading
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Sequence
+from time import perf_counter
 from typing import TYPE_CHECKING, Any, Self
 
 from llguidance import LLExecutor, LLMatcher, LLTokenizer
 
 from nanoengine.api import Constraint, Grammar, GrammarBackend, GrammarContext, GrammarError, Matcher
+from nanoengine.api.grammars import Advanced
 from nanoengine.plugins.grammars.added_tokens import AddedTokens
 from nanoengine.plugins.grammars.exact_schemas import allowed_escapes, exact, json_space
 from nanoengine.plugins.grammars.notations import lark_of
@@ -26,7 +28,9 @@ if TYPE_CHECKING:
     from llguidance._lib import JsonCompileOptions
 
 _NO_TEXT = "NoExtensionBias"  # what llguidance calls a grammar that allows no text
-_MOST_THREADS, _FEWEST_IN_PARALLEL = 8, 16  # a mask takes some microseconds: waking threads for a few is slower
+_MOST_THREADS = 8
+_SECONDS_ALONE, _SECONDS_LEFT = 5e-4, 1e-3  # threads take so long to wake that they do the rest only behind the first
+_LOOK_EVERY = 4  # and if it were more than the second; most masks take some microseconds
 
 
 class LLGuidance(GrammarBackend):
@@ -41,7 +45,7 @@ class LLGuidance(GrammarBackend):
         cores = len(affinity(0)) if affinity else os.cpu_count() or 1
         threads = min(cores // 2, _MOST_THREADS)
         self._executor = LLExecutor(threads) if threads > 1 else None
-        self._added = AddedTokens(self._tokenizer, ctx.end_ids)
+        self._added = AddedTokens(self._tokenizer, self._tokenizer.eos_tokens)
 
     def compile(self, constraint: Constraint) -> Grammar:
         matcher = LLMatcher(self._tokenizer, self._source(constraint), log_level=0)
@@ -182,24 +186,26 @@ class _Matcher(Matcher):
             self._added.correct(self._matcher, out)
 
     @classmethod
-    def consume_each(cls, matchers: Sequence[Self], token_ids: Sequence[int]) -> Mapping[int, GrammarError | None]:
-        if (executor := _executor_of(matchers)) is None:
-            return super().consume_each(matchers, token_ids)
-        own = [each._matcher for each in matchers]
-        taken = executor.consume_token_par(list(zip(own, token_ids, strict=True)))
-        if all(taken):
-            return {}
-        return {i: _error_of(own[i]) for i, done in enumerate(taken) if not done}
-
-    @classmethod
-    def masks(cls, matchers: Sequence[Self], out: npt.NDArray[np.int32]) -> Set[int]:
-        if (executor := _executor_of(matchers)) is None:
-            return super().masks(matchers, out)
-        every = [(each._matcher, place) for place, each in enumerate(matchers)]
-        executor.unsafe_compute_mask_ptr(every, out.__array_interface__["data"][0], out.strides[0], len(out))
-        if matchers[0]._added is not None:
-            matchers[0]._added.correct_each([each._matcher for each in matchers], out)
-        return {place for place, each in enumerate(matchers) if each._matcher.is_error()}
+    def advance(cls, matchers: Sequence[Self], token_ids: Sequence[int | None], out: npt.NDArray[np.int32]) -> Advanced:
+        """One after the other, each in the caches where its token was. If that takes long, the others by threads."""
+        own, executor, refused = [each._matcher for each in matchers], matchers[0]._executor, list[int]()
+        address, size = out.__array_interface__["data"][0], out.strides[0]
+        done, begun = 0, perf_counter()
+        for done, (matcher, token) in enumerate(zip(own, token_ids, strict=True), 1):
+            if token is not None and not matcher.consume_token(token):
+                refused.append(done - 1)
+            matcher.unsafe_compute_mask_ptr(address, size)
+            address += size
+            if executor is not None and done % _LOOK_EVERY == 0 and _pays(perf_counter() - begun, done, len(own)):
+                refused += _advance_others(executor, own, token_ids, out, done)
+                break
+        failed, complete, added = {i: _error_of(own[i]) for i in refused}, list[int](), matchers[0]._added
+        for i in range(len(own)) if added is None else added.correct_each(own, out):
+            if own[i].is_error():
+                failed.setdefault(i, _failure(own[i]))
+            elif own[i].is_accepting():
+                complete.append(i)
+        return Advanced(failed, complete)
 
     @property
     def is_accepting(self) -> bool:
@@ -212,17 +218,33 @@ class _Matcher(Matcher):
 
     def _check(self) -> None:
         if self._matcher.is_error():
-            raise GrammarError(f"llguidance: {_first_part(self._matcher.get_error())}")
+            raise _failure(self._matcher)
+
+
+def _pays(seconds: float, done: int, every: int) -> bool:
+    """Whether the threads are to do the rest, if so many of all matchers took so long."""
+    return done < every and seconds > _SECONDS_ALONE and seconds * (every - done) > _SECONDS_LEFT * done
+
+
+def _advance_others(
+    executor: LLExecutor, own: Sequence[LLMatcher], tokens: Sequence[int | None], out: npt.NDArray[np.int32], first: int
+) -> list[int]:
+    """Those from `first` on, by threads. Returns the places of those that refused their token."""
+    given = [(i, token) for i, token in enumerate(tokens[first:], first) if token is not None]
+    taken = executor.consume_token_par([(own[i], token) for i, token in given]) if given else []
+    masks, start = [(own[i], i) for i in range(first, len(own))], out.__array_interface__["data"][0]
+    executor.unsafe_compute_mask_ptr(masks, start, out.strides[0], len(out))
+    return [i for (i, _), done in zip(given, taken, strict=True) if not done]
+
+
+def _failure(matcher: LLMatcher) -> GrammarError:
+    return GrammarError(f"llguidance: {_first_part(matcher.get_error())}")
 
 
 def _error_of(matcher: LLMatcher) -> GrammarError | None:
     """Why it did not take a token; None: the grammar refuses it."""
     text = _first_part(matcher.get_error())
     return None if not text or "doesn't satisfy the grammar" in text else GrammarError(f"llguidance: {text}")
-
-
-def _executor_of(matchers: Sequence[_Matcher]) -> LLExecutor | None:
-    return matchers[0]._executor if len(matchers) >= _FEWEST_IN_PARALLEL else None
 
 
 def _schema(constraint: Constraint) -> Any:

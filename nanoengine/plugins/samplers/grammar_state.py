@@ -20,11 +20,12 @@ from nanoengine.api import (
     StandardOp,
     TokenizerMissing,
 )
-from nanoengine.api.errors import GrammarError, RequestError
+from nanoengine.api.errors import RequestError
 from nanoengine.api.grammars import only_id
 from nanoengine.api.structured_outputs import StructuredOutputsParams
 
 _MOST_FORCED = 16  # tokens that are looked for at once
+Mask = npt.NDArray[np.uint32]
 
 
 @dataclass(frozen=True)
@@ -122,14 +123,14 @@ class GrammarState(HostState):
         self._ends, self._width = ctx.end_ids, -(-ctx.vocab_size // 32)
         self._end_bits = [(end // 32, np.uint32(1 << end % 32)) for end in ctx.end_ids]
         self._num_ids = 0 if reasoning is None else min(ctx.num_tokens, ctx.vocab_size)
-        self._num_fed = self._consumed = 0
-        self._next: npt.NDArray[np.uint32] | None = None  # the mask behind what was fed; None: not computed yet
+        self._num_fed = self._consumed = 0  # tokens of the output; some that the matcher has consumed since
+        self._next: tuple[Mask, int] | None = None  # masks, and the row behind what was fed; None: not computed yet
 
     def feed(self, token_ids: Sequence[int]) -> None:
         self._next = None
         if self._in_grammar and self._ends.isdisjoint(token_ids):  # most often
             taken = self._matcher.consume(token_ids)
-            self._consumed, self._num_fed, token_ids = self._consumed + taken, self._num_fed + taken, token_ids[taken:]
+            self._num_fed, token_ids = self._num_fed + taken, token_ids[taken:]
         for token in token_ids:
             if not self._take(token):
                 raise self._refusal(token)
@@ -176,47 +177,36 @@ class GrammarState(HostState):
     def columns_together(
         cls, states: Sequence[Self], token_ids: Sequence[Sequence[int]], out: Mapping[str, npt.NDArray[Any]]
     ) -> Mapping[int, BaseException] | None:
-        """All matchers advance together, and then fill in their masks together."""
-        failed, masks = cls._feed_together(states, token_ids), out["allowed"].view(np.uint32)
-        inside, outside = list[int](), list[int]()
-        for i, (state, mask) in enumerate(zip(states, masks, strict=True)):
-            if i not in failed:
-                state._next = mask
-                (inside if state._reasoning is None and not state._ended else outside).append(i)
-        ending = [i for i in outside if states[i]._ended]
-        if inside:
-            every, matchers = len(inside) == len(states), [states[i]._matcher for i in inside]
-            rows = masks if every else np.empty((len(inside), masks.shape[1]), np.uint32)
-            for at in type(matchers[0]).masks(matchers, rows.view(np.int32)):
-                try:
-                    matchers[at].mask(rows[at].view(np.int32))
-                except GrammarError as error:
-                    failed[inside[at]] = error
-            if not every:
-                masks[inside] = rows
-            ending += [
-                i for i, matcher in zip(inside, matchers, strict=True) if i not in failed and matcher.is_accepting
-            ]
+        """All matchers advance in one call."""
+        masks, failed = out["allowed"].view(np.uint32), dict[int, BaseException]()
+        inside, tokens, outside = cls._fed(states, token_ids, failed)
+        ending = cls._advance(states, inside, tokens, masks, failed) if inside else []
         for i in outside:
             states[i]._mask_outside(masks[i])
+            ending += [i] * states[i]._ended
+        for i, state in enumerate(states):
+            state._next = masks, i
         for word, bit in states[0]._end_bits:
             masks[:, word] &= ~bit
-            masks[ending, word] |= bit
+            if ending:
+                masks[ending, word] |= bit
         for i in ending:
             states[i]._set_stops(masks[i])
         return failed
 
     @classmethod
-    def _feed_together(cls, states: Sequence[Self], token_ids: Sequence[Sequence[int]]) -> dict[int, BaseException]:
-        """Returns place -> error of those that failed."""
-        failed, places = dict[int, BaseException](), list[int]()
-        matchers, tokens = list[Matcher](), list[int]()
+    def _fed(
+        cls, states: Sequence[Self], token_ids: Sequence[Sequence[int]], failed: dict[int, BaseException]
+    ) -> tuple[list[int], list[int | None], list[int]]:
+        """Feeds the states, but for tokens that matchers are to consume. Returns the places where matchers say what may
+        come next, these tokens, and the other places. Those that fail are added to `failed`."""
+        inside, tokens, outside = list[int](), list[int | None](), list[int]()
         for i, (state, new) in enumerate(zip(states, token_ids, strict=True)):
             if len(new) == 1 and state._reasoning is None and not state._ended:  # most often
                 token = new[0]
                 if token not in state._ends and token not in state.stop_ids:
-                    places.append(i)
-                    matchers.append(state._matcher)
+                    state._num_fed += 1
+                    inside.append(i)
                     tokens.append(token)
                     continue
             try:
@@ -224,15 +214,37 @@ class GrammarState(HostState):
                     state.feed(new)
             except RequestError as failure:
                 failed[i] = failure
-        if places:
-            for at, error in type(matchers[0]).consume_each(matchers, tokens).items():
-                failed[places[at]] = error or states[places[at]]._refusal(tokens[at])
-            for i in places:
-                states[i]._consumed += 1
-                states[i]._num_fed += 1
-        return failed
+                continue
+            if state._in_grammar:
+                inside.append(i)
+                tokens.append(None)
+            else:
+                outside.append(i)
+        return inside, tokens, outside
 
-    def _refusal(self, token: int) -> RequestError:
+    @classmethod
+    def _advance(
+        cls,
+        states: Sequence[Self],
+        inside: Sequence[int],
+        tokens: Sequence[int | None],
+        masks: Mask,
+        failed: dict[int, BaseException],
+    ) -> list[int]:
+        """The matchers of the states at these places consume a token each, where it is not None, and write their masks.
+        Returns the places where the output may end. Those that fail are added to `failed`."""
+        matchers, every = [states[i]._matcher for i in inside], len(inside) == len(states)
+        rows = masks if every else np.empty((len(inside), masks.shape[1]), np.uint32)
+        found = type(matchers[0]).advance(matchers, tokens, rows.view(np.int32))
+        for at, error in found.failed.items():
+            state, token = states[inside[at]], tokens[at]
+            state._num_fed -= token is not None
+            failed[inside[at]] = error or state._refusal(token)
+        if not every:
+            masks[inside] = rows
+        return [inside[at] for at in found.complete]
+
+    def _refusal(self, token: int | None) -> RequestError:
         text = f"token {self._num_fed} of the output, id {token}, is not allowed by the grammar"
         return RequestError("grammar_failed", text)
 
@@ -241,14 +253,16 @@ class GrammarState(HostState):
         """Whether its matcher says what may come next."""
         return self._reasoning is None and not self._ended
 
-    def _mask_of_next(self) -> npt.NDArray[np.uint32]:
+    def _mask_of_next(self) -> Mask:
         if self._next is None:
-            mask = np.empty(self._width, np.uint32)
-            self._mask(mask)
-            self._next = mask
-        return self._next
+            masks = np.empty((1, self._width), np.uint32)
+            self._mask(masks[0])
+            self._next = masks, 0
+        masks, row = self._next
+        mask: Mask = masks[row]
+        return mask
 
-    def _mask(self, row: npt.NDArray[np.uint32]) -> None:
+    def _mask(self, row: Mask) -> None:
         """Write what may come next."""
         if self._in_grammar:
             self._matcher.mask(row.view(np.int32))
@@ -256,7 +270,7 @@ class GrammarState(HostState):
             self._mask_outside(row)
         self._set_ends(row)
 
-    def _mask_outside(self, row: npt.NDArray[np.uint32]) -> None:
+    def _mask_outside(self, row: Mask) -> None:
         """Before the end of the reasoning each token, behind the end of the output none."""
         row.fill(0)
         if self._reasoning is not None:
@@ -268,13 +282,13 @@ class GrammarState(HostState):
     def _may_end(self) -> bool:
         return self._ended or (self._reasoning is None and self._matcher.is_accepting)
 
-    def _set_ends(self, row: npt.NDArray[np.uint32]) -> None:
+    def _set_ends(self, row: Mask) -> None:
         may_end = self._may_end
         for word, bit in self._end_bits:
             row[word] = row[word] | bit if may_end else row[word] & ~bit
         if may_end:
             self._set_stops(row)
 
-    def _set_stops(self, row: npt.NDArray[np.uint32]) -> None:
+    def _set_stops(self, row: Mask) -> None:
         for stop in self.stop_ids:
             row[stop // 32] |= np.uint32(1 << stop % 32)

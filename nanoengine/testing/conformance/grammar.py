@@ -137,8 +137,9 @@ class _Trial:
         words = np.full(self._ctx.mask_width, 0x55555555, np.int32)
         matcher.mask(words)
         both = np.full((2, self._ctx.mask_width), 0x55555555, np.int32)
-        failed = type(matcher).masks([matcher, self._grammar.matcher()], both)
-        require(not failed and np.array_equal(both[0], words), "masks() of two matchers differs from mask()")
+        advanced = type(matcher).advance([matcher, self._grammar.matcher()], [None, None], both)
+        require(not advanced.failed and np.array_equal(both[0], words), "advance() of two matchers differs from mask()")
+        require((0 in advanced.complete) == matcher.is_accepting, "advance() of two matchers differs from is_accepting")
         bits = np.unpackbits(words.view(np.uint8), bitorder="little").astype(bool)
         require(not bits[self._ctx.vocab_size :].any(), "the mask has bits beyond the vocabulary")
         found: npt.NDArray[np.bool_] = bits[: self._ctx.vocab_size] & self._texts

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from nanoengine.api import HostState, StandardOp
-from nanoengine.params.host_states import BoundState, next_columns
+from nanoengine.params.host_states import Asked, BoundState, next_columns
 from nanoengine.params.sampling_params import PackedProcessor, pack_draws
 from nanoengine.testing.conformance.failure import require
 
@@ -71,7 +71,7 @@ def _check_together(
 ) -> None:
     """A new state, and one with tokens. `want`: their columns, one by one."""
     bounds = [BoundState(processor, each) for each in states]
-    asked = [(bound, output, [i], ()) for i, (bound, output) in enumerate(zip(bounds, token_ids, strict=True))]
+    asked = Asked(bounds, token_ids, np.arange(len(bounds), dtype=np.int32))
     found, failed = next_columns(asked, vocab_size)
     for error in failed.values():
         raise error

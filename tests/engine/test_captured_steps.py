@@ -78,9 +78,13 @@ def captured(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
     def capture(run: Any, *_: Any) -> tuple[Any, Any]:
         if run.func.__name__ == "run_masked_tail":  # captured between the pass and the tail of a step
             return Replayed(run, first=False), None
-        buffers = run.func.__self__.buffers  # unlike a capture this runs, maybe in front of a step: over dummy rows
-        buffers.sent.fill_(buffers.tables.dummy_slot)
-        graph = Replayed(run)
+        graphs = run.func.__self__
+        with pytest.MonkeyPatch.context() as patch:
+            if graphs.sizes.inputs:  # unlike a capture this runs, maybe in front of a step: over dummy rows
+                graphs.buffers.sent.fill_(graphs.buffers.tables.dummy_slot)
+            else:
+                patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+            graph = Replayed(run)
         return graph, graph.out
 
     original = StepGraphs.replay

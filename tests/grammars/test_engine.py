@@ -326,6 +326,8 @@ class Careless(LLGuidance):
         original = type(made)
 
         class Wrong(original):  # type: ignore[valid-type,misc]
+            advance = classmethod(Matcher.advance.__func__)  # one by one, by `mask`
+
             def mask(self, out: np.ndarray[Any, Any]) -> None:
                 super().mask(out)
                 out[1] = 1 << 1  # id 33

@@ -234,6 +234,12 @@ class GrammarState(HostState):
         """The matchers of the states at these places consume a token each, where it is not None, and write their masks.
         Returns the places where the output may end. Those that fail are added to `failed`."""
         matchers, every = [states[i]._matcher for i in inside], len(inside) == len(states)
+        if len(kinds := {*map(type, matchers)}) > 1:  # a backend may have several classes of matchers
+            ending = list[int]()
+            for kind in kinds:
+                own = [at for at, matcher in enumerate(matchers) if type(matcher) is kind]
+                ending += cls._advance(states, [inside[at] for at in own], [tokens[at] for at in own], masks, failed)
+            return ending
         rows = masks if every else np.empty((len(inside), masks.shape[1]), np.uint32)
         found = type(matchers[0]).advance(matchers, tokens, rows.view(np.int32))
         for at, error in found.failed.items():

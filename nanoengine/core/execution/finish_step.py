@@ -64,9 +64,10 @@ class CapturedTail:
         """The mask of the next masked pass over so many draws, without waiting: an earlier one has read its own, as the
         columns of a step follow the result of the one before it. own: which of the draws are the plan's. supplied: of
         one column; draws without any keep all. Values in `host_mask` are those of the first draws."""
-        host, count = self.host_mask[:draws], len(supplied[0].draws) if len(supplied) == 1 else 0
-        if count and own[supplied[0].draws[-1]] == count - 1 and np.may_share_memory(supplied[0].values, host):
-            host[count:] = -1  # most often: the first draws' masks are where they belong
+        host = self.host_mask[:draws]
+        places = own[supplied[0].draws] if len(supplied) == 1 and np.may_share_memory(supplied[0].values, host) else ()
+        if len(places) and np.array_equal(places, np.arange(len(places))):
+            host[len(places) :] = -1  # most often: they are where they belong
             return
         free = np.ones(draws, dtype=np.bool_)
         for each in supplied:

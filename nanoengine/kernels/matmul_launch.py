@@ -43,7 +43,7 @@ def _tile(x: Tensor, weight: Tensor, gate: Activation | None) -> MatmulTile | No
     tile = matmul_tile(len(x), outputs, weight.shape[1], gated=gate is not None, itemsize=x.element_size())
     if tile is None or not tile.gluon:
         return tile
-    return tile if gate in (None, "silu") and _has_gluon(x.device) else None
+    return tile if gate in (None, "silu") and has_gluon(x.device) else None
 
 
 @functools.cache
@@ -54,12 +54,13 @@ def _runs(device: torch.device) -> bool:
 
 
 @functools.cache
-def _has_gluon(device: torch.device) -> bool:
-    if device.type != "cuda":
+def has_gluon(device: torch.device) -> bool:
+    """Whether kernels in Gluon run there; logged once where only its version is in the way."""
+    if device.type != "cuda" or not _runs(device):
         return False
     try:
         from nanoengine.kernels import matmul_gluon  # noqa: F401
     except Exception as error:  # noqa: BLE001 - Gluon is experimental: another version may lack what is imported
-        _log.warning("products of 33 to 192 rows run on slower kernels, since this Triton has another Gluon: %s", error)
+        _log.warning("some products run on slower kernels, since this Triton has another Gluon: %s", error)
         return False
     return True

@@ -94,6 +94,19 @@ def int4(every: bool) -> Iterator[Launch]:
                 yield name, partial(int4_triton.product, x, w, add=rand(rows, n), next_norm=rand(n))
 
 
+def int4_in_gluon(every: bool) -> Iterator[Launch]:
+    from nanoengine.kernels import int4_few_gluon, int4_many_gluon
+    from nanoengine.kernels.int4 import Int4Weight
+
+    for rows, zeros in product((1, 16, 64, 256), (True, False)) if every else ((1, True), (16, False), (256, True)):
+        made = int4_few_gluon.product if rows <= 16 else int4_many_gluon.product
+        for n, k, gate in ((2 * INNER, HIDDEN, "silu"), (HIDDEN, INNER, None)):
+            zero = rand(n, k // 128, dtype=torch.uint8) if zeros else None
+            w = Int4Weight(rand(n, k // 2, dtype=torch.uint8), rand(n, k // 128, dtype=torch.float16), zero, 128)
+            around = {"gate": gate} if gate else {"add": rand(rows, n), "next_norm": rand(n)}
+            yield f"int4 in Gluon x{rows} {n} x {k}", partial(made, rand(rows, k), w, **around)
+
+
 def gguf(every: bool) -> Iterator[Launch]:
     from nanoengine.kernels import gguf_triton
     from nanoengine.kernels.gguf import BLOCK_TYPES
@@ -177,7 +190,7 @@ def caches(every: bool) -> Iterator[Launch]:
 def main() -> None:
     only_compile()
     every, failed = "--all" in sys.argv, 0
-    for kind in (eight_bit, int4, gguf, fragments, caches):
+    for kind in (eight_bit, int4, int4_in_gluon, gguf, fragments, caches):
         for name, launch in kind(every):
             try:
                 launch()

@@ -136,7 +136,7 @@ class Int4(LinearMethod):
             total = x if residual is None else x + residual
             return self._product(total, bias, gate=gate, norm=norm.weight, eps=norm.eps), total
         scaled = self._ahead.taken(x, residual, norm.weight)
-        if scaled is not None and one and self._pieces[0].order is None and len(x) <= self._pieces[0].most:
+        if scaled is not None and one and self._pieces[0].order is None and self._pieces[0].takes(x):
             return self._product(scaled, bias, gate=gate, eps=norm.eps), x
         normed, total = norm.add(x, residual)
         if one:
@@ -151,7 +151,7 @@ class Int4(LinearMethod):
             return self._product(x, bias), residual
         (piece,) = self._pieces
         next_norm = next_norm_of(layer, x)
-        if next_norm is None or piece.prepared is None or len(x) > piece.most:
+        if next_norm is None or piece.prepared is None or not piece.takes(x):
             return self._product(x, bias, add=residual), None
         total, scaled = piece.prepared(piece.inputs(x), bias=bias, add=residual, next_norm=next_norm)
         return self._ahead.kept(total, scaled), None
@@ -189,14 +189,15 @@ class _Piece:
 
     Attributes:
         order: int32 [in], where each input of the weight is in x; None: there.
-        prepared: the product of up to `most` rows, and what `next_norm` needs of it; None: norms are not prepared.
+        prepared: the product, and what `next_norm` needs of it. takes: whether it multiplies x, and x that the product
+            before it prepared.
     """
 
     rows: slice
     order: Tensor | None
     linear: Callable[..., Tensor]
     prepared: Callable[..., tuple[Tensor, Scaled | None]] | None = None
-    most: int = 0
+    takes: Callable[[Tensor], bool] = lambda _: False
 
     def inputs(self, x: Tensor) -> Tensor:
         return x if self.order is None else x.index_select(1, self.order)
@@ -221,13 +222,13 @@ def _piece(layer: WeightLayer, number: int, rows: slice, weight: Int4Weight, ord
     weight = Int4Weight(kept("codes", codes), kept("scales", weight.scales), zeros, weight.group)
     if layer.ops.name != "triton":
         return _Piece(rows, order, partial(int4.int4_linear, weight=weight))
-    from nanoengine.kernels import int4_triton
+    from nanoengine.kernels import int4_launch
     from nanoengine.kernels.split_k_triton import tickets_on
 
     given: dict[str, Any] = {"weight": weight, "tickets": tickets_on(codes.device)}
-    prepared = partial(int4_triton.product, **given)
-    most = int4_triton.MAX_ROWS if int4_triton.takes(1, weight) else 0
-    return _Piece(rows, order, partial(int4_triton.int4_linear, **given), prepared, most)
+    prepared = partial(int4_launch.product, **given)
+    takes = partial(int4_launch.takes, weight=weight)
+    return _Piece(rows, order, partial(int4_launch.int4_linear, **given), prepared, takes)
 
 
 def _same(spec: ShardSpec) -> ShardSpec:

@@ -1,0 +1,252 @@
+"""`int4.int4_linear` of up to 16 rows by tensor cores, each code cut in the registers into which it was loaded.
+
+Gluon says where everything lies, which Triton does not: sixteen bytes that a thread loads of a row of the weight are
+its share of eight products of tensor cores (`mma.sync`, 16 rows of the weight x 16 inputs x 8 tokens), so codes pass
+through no shared memory, and two instructions cut two. Codes stand on 128 (bfloat16) or 1024 (float16); a product with
+ones says how much of a sum that, and the zero, was. Each warp of a program has a part of K, whose codes it asks for
+before it waits for the kernel in front; sums are joined in shared memory.
+
+Gluon has no interpreter: this is tested on a GPU, and compiled everywhere. `int4_triton` does the same without the
+order, for everything that this does not take.
+"""
+
+# mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls
+# ruff: noqa: N803 - constants of a kernel are in capitals
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
+
+from nanoengine.kernels.activation import Activation
+from nanoengine.kernels.int4 import Int4Weight
+from nanoengine.kernels.int4_parts_gluon import do, finish_tile, weight_rows
+from nanoengine.kernels.matmul import Scaled
+from nanoengine.kernels.matvec_parts_triton import result
+from nanoengine.kernels.split_k_triton import SplitProduct
+
+_STEP = 128  # inputs whose codes a thread's sixteen bytes are a quarter of, for a row; a group is a multiple of it
+
+
+def _cut(code: int, base: str) -> gl.constexpr:
+    """Two words of 16 bits -> code 0 to 3 of each, as the last bits of two floats."""
+    mask = "lop3.b32 $0, {from_}, 0x000F000F, " + base + ", 0xEA;"
+    if code == 0:
+        return gl.constexpr(mask.format(from_="$1"))
+    return gl.constexpr(f"{{ .reg .b32 a; shr.b32 a, $1, {4 * code}; {mask.format(from_='a')} }}")
+
+
+_BF16_0, _BF16_1, _BF16_2, _BF16_3 = (_cut(code, "0x43004300") for code in range(4))
+_FP16_0, _FP16_1, _FP16_2, _FP16_3 = (_cut(code, "0x64006400") for code in range(4))
+
+
+@gluon.jit
+def _lift(asm: gl.constexpr, words, x_ptr):
+    return gl.inline_asm_elementwise(asm, "=r,r", [words], dtype=x_ptr.dtype.element_ty, is_pure=True, pack=2)
+
+
+@gluon.jit
+def _lifted(words, x_ptr, CODE: gl.constexpr):
+    """Code 0 to 3 of each word plus 128 (bfloat16) or 1024 (float16)."""
+    if x_ptr.dtype.element_ty == gl.bfloat16:
+        if CODE == 0:
+            return _lift(_BF16_0, words, x_ptr)
+        elif CODE == 1:
+            return _lift(_BF16_1, words, x_ptr)
+        elif CODE == 2:
+            return _lift(_BF16_2, words, x_ptr)
+        else:
+            return _lift(_BF16_3, words, x_ptr)
+    else:
+        if CODE == 0:
+            return _lift(_FP16_0, words, x_ptr)
+        elif CODE == 1:
+            return _lift(_FP16_1, words, x_ptr)
+        elif CODE == 2:
+            return _lift(_FP16_2, words, x_ptr)
+        else:
+            return _lift(_FP16_3, words, x_ptr)
+
+
+@gluon.jit
+def _along(size: gl.constexpr, axis: gl.constexpr, LAYOUT: gl.constexpr):
+    """0 to size - 1 along an axis of three."""
+    if axis == 0:
+        return gl.arange(0, size, layout=gl.SliceLayout(1, gl.SliceLayout(2, LAYOUT)))[:, None, None]
+    elif axis == 1:
+        return gl.arange(0, size, layout=gl.SliceLayout(0, gl.SliceLayout(2, LAYOUT)))[None, :, None]
+    else:
+        return gl.arange(0, size, layout=gl.SliceLayout(0, gl.SliceLayout(1, LAYOUT)))[None, None, :]
+
+
+@gluon.constexpr_function
+def _scales_layout(warps, width, steps):
+    """Of [warps, rows of the weight, steps]: a thread has all steps of the rows of which it has sums."""
+    registers = [[0, 0, 1 << i] for i in range(steps.bit_length() - 1)]
+    registers += [[0, 8 << i, 0] for i in range((width // 8).bit_length() - 1)]
+    lanes = [[0, 0, 0], [0, 0, 0], [0, 1, 0], [0, 2, 0], [0, 4, 0]]
+    return gl.DistributedLinearLayout(
+        registers, lanes, [[1 << i, 0, 0] for i in range(warps.bit_length() - 1)], [], [warps, width, steps]
+    )
+
+
+@gluon.jit
+def _each_step(values, LAYOUT: gl.constexpr):
+    """[warps, rows, steps] -> steps x [warps, rows]."""
+    warps: gl.constexpr = values.shape[0]
+    rows: gl.constexpr = values.shape[1]
+    steps: gl.constexpr = values.shape[2]
+    if steps == 1:
+        return (gl.convert_layout(gl.reshape(values, [warps, rows]), LAYOUT, assert_trivial=True),)
+    else:
+        a, b = gl.split(gl.permute(gl.reshape(values, [warps, rows, 2, steps // 2]), (0, 1, 3, 2)))
+        return _each_step(a, LAYOUT) + _each_step(b, LAYOUT)
+
+
+@gluon.jit
+def _ask_for_words(words, ptrs, block, BLOCKS: gl.constexpr, RAGGED: gl.constexpr):
+    """Words of 128 inputs; of the last ones where there are no such."""
+    if RAGGED:
+        block = gl.minimum(block, BLOCKS - 1)
+    async_copy.async_copy_global_to_shared(words, ptrs + block * 32)
+    async_copy.commit_group()
+
+
+@gluon.jit(do_not_specialize=["rows"])
+def _few_kernel(
+    x_ptr, codes_ptr, scales_ptr, zeros_ptr, bias_ptr, add_ptr, y_ptr, part_ptr, ticket_ptr,
+    squares_ptr, next_ptr, scaled_ptr, sums_ptr, rows, x_stride, y_stride, add_stride, eps,
+    N: gl.constexpr, K: gl.constexpr, GROUP: gl.constexpr, BLOCK_T: gl.constexpr, BLOCK_N: gl.constexpr,
+    WARPS: gl.constexpr, STEPS: gl.constexpr, STAGES: gl.constexpr, CHUNK: gl.constexpr, WAIT: gl.constexpr,
+    HAS_ZEROS: gl.constexpr, GATED: gl.constexpr, ACTIVATION: gl.constexpr,
+    HAS_BIAS: gl.constexpr, HAS_ADD: gl.constexpr, SQUARES: gl.constexpr, PARTS: gl.constexpr, NEXT: gl.constexpr,
+    SPLITS: gl.constexpr, ASM: gl.constexpr, PDL: gl.constexpr,
+):  # fmt: skip
+    width: gl.constexpr = 2 * BLOCK_N if GATED else BLOCK_N
+    blocks: gl.constexpr = K // 128
+    ragged: gl.constexpr = blocks < WARPS * STEPS
+    mma: gl.constexpr = gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[WARPS, 1, 1], instr_shape=[1, 16, 8])
+    of_words: gl.constexpr = gl.DotOperandLayout(0, mma, 8)
+    of_x: gl.constexpr = gl.DotOperandLayout(1, mma, 8)
+    of_rows: gl.constexpr = gl.SliceLayout(2, mma)
+    of_scales: gl.constexpr = _scales_layout(WARPS, width, CHUNK)
+    flat: gl.constexpr = gl.SwizzledSharedLayout(8, 1, 1, order=[2, 1, 0])
+    offset: gl.constexpr = 128.0 if x_ptr.dtype.element_ty == gl.bfloat16 else 1024.0
+    if PDL:
+        do("griddepcontrol.launch_dependents; // $0")
+    word_ptrs = codes_ptr + weight_rows(_along(width, 1, of_words), N, BLOCK_N, GATED) * (K // 4)
+    word_ptrs += _along(32, 2, of_words)
+    block = _along(WARPS, 0, of_words) * STEPS
+    words = gl.allocate_shared_memory(gl.int16, [STAGES, WARPS, width, 32], flat)
+    for s in gl.static_range(STAGES):
+        _ask_for_words(words.index(s), word_ptrs, block + s, blocks, ragged)
+    scale_rows = weight_rows(_along(width, 1, of_scales), N, BLOCK_N, GATED) * (K // GROUP)
+    scale_block = _along(WARPS, 0, of_scales) * STEPS + _along(CHUNK, 2, of_scales)
+    scales = ()
+    zeros = ()
+    for c in gl.static_range(STEPS // CHUNK):
+        at = scale_block + c * CHUNK
+        if ragged:
+            at = gl.minimum(at, blocks - 1)
+        at = scale_rows + at // (GROUP // 128)
+        scales += _each_step(gl.load(scales_ptr + at), of_rows)
+        if HAS_ZEROS:
+            zeros += _each_step(gl.load(zeros_ptr + at), of_rows)
+    if PDL:
+        do("griddepcontrol.wait; // $0")
+
+    t = gl.program_id(2) * BLOCK_T + _along(BLOCK_T, 2, of_x)
+    k = _along(32, 1, of_x)
+    x_block = _along(WARPS, 0, of_x) * STEPS
+    x_ptrs = x_ptr + gl.where(t < rows, t, 0).to(gl.int64) * x_stride + x_block * 128 + (k // 8 * 32 + k % 8)
+    acc = gl.zeros([WARPS, width, BLOCK_T], gl.float32, layout=mma)
+    for i in gl.static_range((STEPS * 2 + width - 1) // width):  # all lines of a warp's part of the first token at once
+        line = _along(WARPS, 0, mma) * (STEPS * 128) + (i * width + _along(width, 1, mma)) % (STEPS * 2) * 64
+        seen = gl.load(x_ptr + line, mask=line < K, other=0.0).to(gl.float32)
+        acc += gl.where(rows < 0, seen, 0.0)  # never, and the compiler cannot know
+    ones = gl.full([WARPS, 16, 32], 1.0, x_ptr.dtype.element_ty, layout=of_words)
+    for s in gl.static_range(STEPS):
+        if s % WAIT == 0:  # for so many steps
+            async_copy.wait_group(max(0, min(STAGES, STEPS - s) - WAIT))
+        mine = words.index(s % STAGES).load(of_words)
+        sums = gl.zeros([WARPS, width, BLOCK_T], gl.float32, layout=mma)
+        plain = gl.zeros([WARPS, 16, BLOCK_T], gl.float32, layout=mma)
+        for code in gl.static_range(4):
+            if ragged:
+                x = gl.load(x_ptrs + (s * 128 + code * 8), mask=x_block + s < blocks, other=0.0)
+            else:
+                x = gl.load(x_ptrs + (s * 128 + code * 8))
+            sums = mma_v2(_lifted(mine, x_ptr, code), x, sums)
+            plain = mma_v2(ones, x, plain)
+        for half in gl.static_range(1 if width == 16 else 2 if width == 32 else 3, 1, -1):
+            plain = gl.permute(gl.join(plain, plain), (0, 3, 1, 2))
+            plain = gl.reshape(plain, [WARPS, width >> (half - 2), BLOCK_T])
+        plain = gl.convert_layout(plain, mma, assert_trivial=True)
+        zero = 8.0
+        if HAS_ZEROS:
+            zero = zeros[s].to(gl.float32)[:, :, None]
+        acc += scales[s].to(gl.float32)[:, :, None] * (sums - (offset + zero) * plain)
+        if s + STAGES < STEPS:
+            _ask_for_words(words.index(s % STAGES), word_ptrs, block + (s + STAGES), blocks, ragged)
+    finish_tile(
+        gl.sum(acc, 0), bias_ptr, add_ptr, y_ptr, squares_ptr, next_ptr, scaled_ptr, sums_ptr, rows, y_stride,
+        add_stride, eps, N, K, BLOCK_T, BLOCK_N, WARPS, GATED, ACTIVATION, HAS_BIAS, HAS_ADD, SQUARES, PARTS, NEXT,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class FewTile:
+    """Rows of the weight that a program has, warps that share K, how many times 128 inputs of each are in shared memory
+    or on their way, for how many of them it waits at once, and registers of a thread; 0: as many as it takes."""
+
+    width: int
+    warps: int
+    stages: int
+    wait: int = 2
+    registers: int = 0
+
+
+def tile_for(n: int, k: int) -> FewTile:
+    """n: rows of the weight. Sizes of Qwen3-8B, bf16, one H200, Triton 3.6, 2026-11-29."""
+    return FewTile(16, 4, 8, wait=4) if k <= 4096 else FewTile(16, 8, 12, wait=4)
+
+
+def product(
+    x: Tensor | Scaled,
+    weight: Int4Weight,
+    bias: Tensor | None = None,
+    *,
+    eps: float = 0.0,
+    gate: Activation | None = None,
+    add: Tensor | None = None,
+    next_norm: Tensor | None = None,
+    out: Tensor | None = None,
+    tile: FewTile | None = None,
+) -> tuple[Tensor, Scaled | None]:
+    """As `int4_triton.product`."""
+    values = x.values if isinstance(x, Scaled) else x
+    rows, k = values.shape
+    n = weight.shape[0]
+    assert k == weight.shape[1] and values.stride(1) == 1, (values.shape, values.stride(), weight.shape)
+    y = result(values, n // 2 if gate else n, out)
+    tile = tile or tile_for(n, k)
+    steps = triton.cdiv(k // _STEP, tile.warps)
+    launch = SplitProduct(
+        x, y, bias, eps=eps, gate=gate, add=add, next_norm=next_norm, tickets=None,
+        block_n=tile.width // 2 if gate else tile.width, block_t=8 if rows <= 8 else 16, splits=1,
+    )  # fmt: skip
+    if rows:
+        zeros = weight.scales if weight.zeros is None else weight.zeros
+        _few_kernel[launch.grid](
+            values, weight.codes.view(torch.int16), weight.scales, zeros, *launch.arguments,
+            GROUP=weight.group, WARPS=tile.warps, STEPS=steps, STAGES=min(tile.stages, steps),
+            CHUNK=min(8, steps & -steps), WAIT=min(tile.wait, steps),
+            HAS_ZEROS=weight.zeros is not None,
+            num_warps=tile.warps, maxnreg=tile.registers or None, **launch.constants,
+        )  # fmt: skip
+    return y, launch.scaled

@@ -1,0 +1,77 @@
+"""Which kernel makes a product with weights of four bits: those in Gluon on GPUs of compute capability 9.0, where they
+were measured; else that in Triton."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nanoengine.kernels import int4_triton
+from nanoengine.kernels.activation import Activation
+from nanoengine.kernels.int4 import Int4Weight
+from nanoengine.kernels.matmul import Scaled
+from nanoengine.kernels.matmul_launch import has_gluon
+
+GLUON_ROWS = 512
+"""More rows are products of `int4_triton`; 0: all are, to compare the two."""
+_FEW, _MANY = 16, 65  # rows in between are as many microseconds in Triton, or fewer (not measured for all sizes)
+_STEP = 128  # a group that is no multiple of it is a product of `int4_triton`
+
+
+def takes(x: Tensor, weight: Int4Weight) -> bool:
+    """Whether codes are multiplied with x, and `product` may prepare a norm behind it, or take what was prepared; other
+    products are made with a dequantised copy."""
+    most = GLUON_ROWS if _in_gluon(weight, x.dtype) else int4_triton.MAX_ROWS
+    return len(x) <= most and int4_triton.takes(1, weight)
+
+
+def int4_linear(
+    x: Tensor | Scaled,
+    weight: Int4Weight,
+    bias: Tensor | None = None,
+    *,
+    eps: float = 0.0,
+    gate: Activation | None = None,
+    add: Tensor | None = None,
+    out: Tensor | None = None,
+    tickets: Tensor | None = None,
+) -> Tensor:
+    """As `int4_triton.int4_linear`."""
+    around: dict[str, Any] = {"eps": eps, "gate": gate, "add": add, "out": out}
+    found = _product_in_gluon(x, weight, bias, **around)
+    return int4_triton.int4_linear(x, weight, bias, tickets=tickets, **around) if found is None else found[0]
+
+
+def product(
+    x: Tensor | Scaled,
+    weight: Int4Weight,
+    bias: Tensor | None = None,
+    *,
+    tickets: Tensor | None = None,
+    **around: Any,
+) -> tuple[Tensor, Scaled | None]:
+    """As `int4_triton.product`."""
+    found = _product_in_gluon(x, weight, bias, **around)
+    return int4_triton.product(x, weight, bias, tickets=tickets, **around) if found is None else found
+
+
+def _in_gluon(weight: Int4Weight, dtype: torch.dtype) -> bool:
+    return weight.group % _STEP == 0 and dtype.itemsize == 2 and has_gluon(weight.codes.device)
+
+
+def _product_in_gluon(
+    x: Tensor | Scaled, weight: Int4Weight, bias: Tensor | None, **around: Any
+) -> tuple[Tensor, Scaled | None] | None:
+    """None: Gluon has no kernel for it."""
+    values = x.values if isinstance(x, Scaled) else x
+    if len(values) > GLUON_ROWS or not _in_gluon(weight, values.dtype):
+        return None
+    from nanoengine.kernels import int4_few_gluon, int4_many_gluon
+
+    if len(values) <= _FEW:
+        return int4_few_gluon.product(x, weight, bias, **around)
+    if len(values) < _MANY or not int4_many_gluon.takes(values):
+        return None
+    return int4_many_gluon.product(x, weight, bias, **around)

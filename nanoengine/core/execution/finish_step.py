@@ -69,12 +69,10 @@ class CapturedTail:
         if len(places) and np.array_equal(places, np.arange(len(places))):
             host[len(places) :] = -1  # most often: they are where they belong
             return
-        free = np.ones(draws, dtype=np.bool_)
-        for each in supplied:
-            places, values = own[each.draws], each.values.reshape(len(each.draws), -1)
-            free[places] = False
-            host[places] = values.copy() if np.may_share_memory(values, host) else values
-        host[free] = -1
+        given = [(own[each.draws], each.values.reshape(len(each.draws), -1).copy()) for each in supplied]
+        host[:] = -1
+        for rows, values in given:
+            host[rows] = values
 
     def run(self, inputs: StepRows, kind: int, logits: Tensor, max_drafts: int = 0, *, masked: bool = False) -> None:
         """One pass over `logits`, one row of them a row of the step, or a token where rows have drafts. The rows'

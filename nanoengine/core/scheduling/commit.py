@@ -42,8 +42,11 @@ def commit_rows(step: ScheduledStep, result: StepResult, roster: Roster) -> list
     updates: list[Update] = []
     new = tuple.__new__  # quicker than Update's own; it takes all fields, in their order
     for (request, generation), token in zip(step.rows, result.token_ids[:plain].tolist(), strict=False):
-        output = request.output_token_ids
-        if len(output) < request.commit_check_at and token not in request.stop_set:
+        output, check_at = request.output_token_ids, request.commit_check_at
+        if len(output) == check_at == request.publish_at - request.prompt_len:  # a block is full, which is often all
+            roster.blocks.publish(request, request.publish_at)
+            check_at = request.commit_check_at = min(request.publish_at, request.max_len - 1) - request.prompt_len
+        if len(output) < check_at and token not in request.stop_set:
             output.append(token)
             if len(output) >= request.report_at:
                 updates.append(new(Update, (request, (token,), None, None, None, None, None, None)))

@@ -16,6 +16,7 @@ from nanoengine.kernels.gguf_fragment_parts_triton import assembly
 from nanoengine.kernels.gguf_fragments import FRAGMENTS, fits, fragments
 from nanoengine.kernels.gguf_fragments_decode_triton import rows as decoded
 from nanoengine.kernels.gguf_fragments_triton import few
+from nanoengine.kernels.matmul import Scaled
 
 EPS = 1e-6
 
@@ -34,29 +35,39 @@ def rand(rand, device, dtype):
 @pytest.mark.parametrize("rows", [1, 9])
 @pytest.mark.parametrize("kind", KINDS)
 def test_products_agree(rand, assert_close, device, kind, rows) -> None:
-    """Three tiles along K for two warps; tokens that do not fill the last of two tiles."""
-    blocks, x, bias = blocks_of(kind, 32, 768, device), rand(rows, 768), rand(32)
+    """Of Q4_K three tiles along K for two warps; tokens that do not fill the last of two tiles."""
+    width = 768 if kind == "Q4_K" else 256
+    blocks, x, bias = blocks_of(kind, 32, width, device), rand(rows, width), rand(32)
     expected = gguf.gguf_linear(x.float(), blocks, kind, bias.float())
     assert_close(few(x, fragments(blocks, kind), kind, bias, warps=2)[0], expected)
 
 
-@pytest.mark.parametrize(("rows", "gate"), [(0, None), (1, "silu"), (3, "gelu_tanh"), (3, None)])
-def test_a_norm_between_two_products_takes_no_launch(rand, assert_close, device, rows, gate) -> None:
-    first, second = blocks_of("Q4_K", 256, 512, device), blocks_of("Q6_K", 96, 256, device)
-    x, residual, norm, bias = rand(rows, 512), rand(rows, 256), rand(256), rand(96)
-    total, scaled = few(x, fragments(first, "Q4_K"), "Q4_K", add=residual, next_norm=norm)
-    assert_close(total, gguf.gguf_linear(x.float(), first, "Q4_K") + residual.float())
+@pytest.mark.parametrize("rows", [0, 1, 3])
+def test_a_product_is_added_and_prepares_the_norm_behind_it(rand, assert_close, device, rows) -> None:
+    blocks = blocks_of("Q4_K", 64, 256, device)
+    x, residual, norm = rand(rows, 256), rand(rows, 64), rand(64)
+    total, scaled = few(x, fragments(blocks, "Q4_K"), "Q4_K", add=residual, next_norm=norm)
+    assert_close(total, gguf.gguf_linear(x.float(), blocks, "Q4_K") + residual.float())
     assert scaled is not None
-    normed = total.float() * norm.float()
-    assert_close(scaled.values, normed.to(x.dtype))
-    normed *= torch.rsqrt(total.float().square().mean(1, keepdim=True) + EPS)
-    wide = torch.zeros(rows, 100, dtype=x.dtype, device=device)
-    out = wide[:, : 48 if gate else 96]
-    y, none = few(scaled, fragments(second, "Q6_K"), "Q6_K", bias, eps=EPS, gate=gate, out=out, warps=1)
+    assert_close(scaled.values, (total.float() * norm.float()).to(x.dtype))
+    assert_close(scaled.squares.sum(0), total.float().square().sum(1))
+
+
+@pytest.mark.parametrize(("rows", "gate"), [(1, "silu"), (3, "gelu_tanh"), (3, None)])
+def test_a_norm_in_front_takes_no_launch(rand, assert_close, device, rows, gate) -> None:
+    """The result may be columns of a wider tensor."""
+    blocks, x, norm, bias = blocks_of("Q6_K", 64, 256, device), rand(rows, 256), rand(256), rand(64)
+    squares = x.float().square().view(rows, 4, 64).sum(2).t().contiguous()
+    values = (x.float() * norm.float()).to(x.dtype)
+    wide = torch.zeros(rows, 70, dtype=x.dtype, device=device)
+    out = wide[:, : 32 if gate else 64]
+    tiles = fragments(blocks, "Q6_K")
+    y, none = few(Scaled(norm, values, squares), tiles, "Q6_K", bias, eps=EPS, gate=gate, out=out, warps=1)
     assert y is out
     assert none is None
-    expected = gguf.gguf_linear(normed, second, "Q6_K", bias.float())
-    bound = None if x.dtype == torch.float32 else 3 * torch.finfo(x.dtype).eps
+    normed = values.float() * torch.rsqrt(squares.sum(0)[:, None] / 256 + EPS)
+    expected = gguf.gguf_linear(normed, blocks, "Q6_K", bias.float())
+    bound = None if x.dtype == torch.float32 else 2 * torch.finfo(x.dtype).eps
     assert_close(y, act_and_mul(expected, gate) if gate else expected, bound)
     assert not wide[:, out.shape[1] :].any()
 
@@ -64,7 +75,7 @@ def test_a_norm_between_two_products_takes_no_launch(rand, assert_close, device,
 @pytest.mark.parametrize("kind", KINDS)
 def test_rows_agree(device, dtype, kind) -> None:
     """Up to one rounding: a product and a sum may be one operation here."""
-    blocks, ids = blocks_of(kind, 32, 768, device), torch.tensor([31, 0, 9, 9], device=device)
+    blocks, ids = blocks_of(kind, 32, 512, device), torch.tensor([31, 0, 9, 9], device=device)
     tiles, expected = fragments(blocks, kind), gguf.dequantise(blocks, kind)
     near = {"rtol": 1e-6 if dtype == torch.float32 else torch.finfo(dtype).eps, "atol": 1e-6}
     torch.testing.assert_close(decoded(None, tiles, kind, dtype), expected.to(dtype), **near)

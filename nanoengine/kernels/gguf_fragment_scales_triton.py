@@ -113,8 +113,8 @@ def add_group(y0, y1, words, c0, c1, e0, e1, sums, J: tl.constexpr, KIND: tl.con
         d, word = _half(words[4]), words[J // 2]
         first, second = d * _signed(word, J % 2 * 2), d * _signed(word, J % 2 * 2 + 1)
         base: tl.constexpr = BASE + 32.0
-        y0 += first * (c0 - base * s0) + second * (e0 - base * r0)
-        return y0, y1 + (first * (c1 - base * s1) + second * (e1 - base * r1))
+        y0 = (y0 + first * (c0 - base * s0)) + second * (e0 - base * r0)
+        return y0, (y1 + first * (c1 - base * s1)) + second * (e1 - base * r1)
     elif (KIND == "Q4_1") or (KIND == "Q5_1"):
         scale = _half(words[J])
         low = _half(words[J] >> 16) - BASE * scale

@@ -5,8 +5,9 @@ program's warps take its tiles along K by turns. A code is put into the last bit
 two weights by one instruction. Codes and x are multiplied as they are; the sums of a group take their scale in float32.
 What the 128 and a group's minimum add is the group's sum of x times a number; that sum is a product with ones.
 
-The eight columns of a product are eight tokens. Of one token they are the eight groups of a tile: x of a group is in
-its column, and 0 in the others, so that a thread scales two groups of a row, and not all eight of them.
+The eight columns of a product are eight tokens (of sixteen there are two products). Of one token they are the eight
+groups of a tile: x of a group is in its column, and 0 in the others, so that a thread scales two groups of a row, and
+not all eight of them.
 """
 
 # mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls
@@ -98,37 +99,40 @@ def _one_token(
 
 @triton.jit
 def _eight_tokens(
-    a, b, rows_of, x_ptrs, mask, y, zero,
+    a, b, rows_of, x, y, zero, J: tl.constexpr,
     KIND: tl.constexpr, FOURS: tl.constexpr, MORE: tl.constexpr, BASE: tl.constexpr,
     EVEN: tl.constexpr, ODD: tl.constexpr, SUMS: tl.constexpr,
 ):  # fmt: skip
-    """y (two tokens each of rows g and g + 8 of two tiles) and the products of the tiles' codes a and b."""
+    """y (two tokens each of rows g and g + 8 of two tiles) and the products of group J of the tiles' codes a and b."""
     zeros = (zero, zero, zero, zero)
-    y0, y1, y2, y3, y4, y5, y6, y7 = y
-    for j in tl.static_range(8):
-        x = inputs(x_ptrs + 32 * j, mask, KIND, EVEN is not None)
-        of_x = sums(x, KIND, SUMS)
-        c, e = _group_sums(a, x, zeros, zeros, j, KIND, FOURS, MORE, EVEN, ODD)
-        y0, y1 = add_group(y0, y1, rows_of[0], c[0], c[1], e[0], e[1], of_x, j, KIND, BASE)
-        y2, y3 = add_group(y2, y3, rows_of[1], c[2], c[3], e[2], e[3], of_x, j, KIND, BASE)
-        c, e = _group_sums(b, x, zeros, zeros, j, KIND, FOURS, MORE, EVEN, ODD)
-        y4, y5 = add_group(y4, y5, rows_of[2], c[0], c[1], e[0], e[1], of_x, j, KIND, BASE)
-        y6, y7 = add_group(y6, y7, rows_of[3], c[2], c[3], e[2], e[3], of_x, j, KIND, BASE)
+    of_x = sums(x, KIND, SUMS)
+    c, e = _group_sums(a, x, zeros, zeros, J, KIND, FOURS, MORE, EVEN, ODD)
+    y0, y1 = add_group(y[0], y[1], rows_of[0], c[0], c[1], e[0], e[1], of_x, J, KIND, BASE)
+    y2, y3 = add_group(y[2], y[3], rows_of[1], c[2], c[3], e[2], e[3], of_x, J, KIND, BASE)
+    c, e = _group_sums(b, x, zeros, zeros, J, KIND, FOURS, MORE, EVEN, ODD)
+    y4, y5 = add_group(y[4], y[5], rows_of[2], c[0], c[1], e[0], e[1], of_x, J, KIND, BASE)
+    y6, y7 = add_group(y[6], y[7], rows_of[3], c[2], c[3], e[2], e[3], of_x, J, KIND, BASE)
     return y0, y1, y2, y3, y4, y5, y6, y7
 
 
 @triton.jit
-def _sums_of_rows(y, WARPS: tl.constexpr, BLOCK_T: tl.constexpr, GATED: tl.constexpr):
+def _joined(y):
+    return tl.join(tl.join(tl.join(y[0], y[1]), tl.join(y[2], y[3])), tl.join(tl.join(y[4], y[5]), tl.join(y[6], y[7])))
+
+
+@triton.jit
+def _sums_of_rows(y, z, WARPS: tl.constexpr, BLOCK_T: tl.constexpr, GATED: tl.constexpr):
     """Sums of threads -> of the program's rows [32, BLOCK_T], a gated tile's as `matvec_parts_triton.halves` has
     them."""
-    first = tl.join(tl.join(y[0], y[1]), tl.join(y[2], y[3]))
     if BLOCK_T == 1:  # [threads, half of a tile, tile]
-        each = tl.sum(tl.sum(tl.reshape(first, (WARPS, 8, 4, 2, 2)), axis=2), axis=0)
-        each = tl.permute(each, (1, 2, 0) if GATED else (2, 1, 0))
-    else:  # [threads, token, half of a tile, tile]
-        each = tl.join(first, tl.join(tl.join(y[4], y[5]), tl.join(y[6], y[7])))
-        each = tl.sum(tl.reshape(each, (WARPS, 8, 4, 2, 2, 2)), axis=0)
+        each = tl.reshape(tl.join(tl.join(y[0], y[1]), tl.join(y[2], y[3])), (WARPS, 8, 4, 2, 2))
+        each = tl.permute(tl.sum(tl.sum(each, axis=2), axis=0), (1, 2, 0) if GATED else (2, 1, 0))
+    elif BLOCK_T == 8:  # [threads, token, half of a tile, tile]
+        each = tl.sum(tl.reshape(_joined(y), (WARPS, 8, 4, 2, 2, 2)), axis=0)
         each = tl.permute(each, (3, 4, 0, 1, 2) if GATED else (4, 3, 0, 1, 2))
+    else:  # [threads, token, half of a tile, tile, eight tokens]
+        each = tl.sum(tl.reshape(tl.join(_joined(y), _joined(z)), (WARPS, 8, 4, 2, 2, 2, 2)), axis=0)
+        each = tl.permute(each, (3, 4, 0, 5, 1, 2) if GATED else (4, 3, 0, 5, 1, 2))
     return tl.reshape(each, (32, BLOCK_T))
 
 
@@ -154,6 +158,7 @@ def _fragments_kernel(
     a_base, b_base = base + tile.to(tl.int64) * (tiles * WORDS), base + other.to(tl.int64) * (tiles * WORDS)
     token = tl.program_id(2) * BLOCK_T + (g if BLOCK_T > 1 else 0)
     x_ptrs = x_ptr + tl.where(token < rows, token, 0).to(tl.int64) * x_stride + (0 if BLOCK_T > 1 else g * 32)
+    z_ptrs = x_ptr + tl.where(token + 8 < rows, token + 8, 0).to(tl.int64) * x_stride  # the other eight of sixteen
     zero = tl.zeros((32 * WARPS,), tl.float32)
     here = warp < tiles
     a = _codes(a_base + warp * WORDS, lane, here, FOURS, MORE)
@@ -164,8 +169,9 @@ def _fragments_kernel(
     if SQUARES > 0:
         of = tl.program_id(2) * BLOCK_T + tl.arange(0, BLOCK_T)[None, :]
         scale = norm_scale(squares_ptr, of, rows, SQUARES, PARTS, K, eps)
-    two = (zero, zero)
-    y = two + two if BLOCK_T == 1 else two + two + two + two
+    four = (zero, zero, zero, zero)
+    y = four if BLOCK_T == 1 else four + four
+    z = y
     if BLOCK_T == 1:
         x = inputs(x_ptrs + warp * 256, here, KIND, EVEN is not None)
     for start in tl.range(0, tiles, WARPS, num_stages=1):
@@ -183,10 +189,15 @@ def _fragments_kernel(
             y = _one_token(a, b, rows_of, x, g, t, y, zero, KIND, FOURS, MORE, BASE, EVEN, ODD, SUMS)
             x = next_x
         else:
-            ptrs = x_ptrs + step * 256
-            y = _eight_tokens(a, b, rows_of, ptrs, here, y, zero, KIND, FOURS, MORE, BASE, EVEN, ODD, SUMS)
+            for j in tl.static_range(8):
+                at = step * 256 + 32 * j
+                x = inputs(x_ptrs + at, here, KIND, EVEN is not None)
+                y = _eight_tokens(a, b, rows_of, x, y, zero, j, KIND, FOURS, MORE, BASE, EVEN, ODD, SUMS)
+                if BLOCK_T == 16:  # next to those: codes are taken apart once
+                    x = inputs(z_ptrs + at, here, KIND, EVEN is not None)
+                    z = _eight_tokens(a, b, rows_of, x, z, zero, j, KIND, FOURS, MORE, BASE, EVEN, ODD, SUMS)
         a, b = next_a, next_b
-    acc = _sums_of_rows(y, WARPS, BLOCK_T, GATED) * scale
+    acc = _sums_of_rows(y, z, WARPS, BLOCK_T, GATED) * scale
     finish_tile(
         acc, tl.program_id(2) * BLOCK_T + tl.arange(0, BLOCK_T), bias_ptr, add_ptr, y_ptr, squares_ptr, next_ptr,
         scaled_ptr, sums_ptr, rows, y_stride, add_stride, eps,
@@ -229,7 +240,7 @@ def few(
     assert y.shape == (rows, outputs) and y.stride(1) == 1, (y.shape, y.stride())
     launch = SplitProduct(
         x, y, bias, eps=eps, gate=gate, add=add, next_norm=next_norm, tickets=None,
-        block_n=LINES * (1 if gate else 2), block_t=1 if rows == 1 else 8, splits=1,
+        block_n=LINES * (1 if gate else 2), block_t=1 if rows == 1 else 8 if rows <= 8 else 16, splits=1,
     )  # fmt: skip
     warps, of, asm = warps or fragment_warps(launch.grid[0], k // BLOCK, rows), FRAGMENTS[kind], launch.constants["ASM"]
     even, odd, sums_of_x = assembly(kind, values.dtype) if asm else (None, None, None)

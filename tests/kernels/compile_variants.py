@@ -127,7 +127,7 @@ def fragments(every: bool) -> Iterator[Launch]:
     from nanoengine.kernels.gguf_fragments_triton import few
     from nanoengine.kernels.matmul import Scaled
 
-    for kind, rows in product(FRAGMENTS if every else ("Q4_K", "Q6_K"), (1, 8, 16) if every else (1, 8)):
+    for kind, rows in product(FRAGMENTS if every else ("Q4_K", "Q6_K"), (1, 8, 16) if every else (1, 16)):
         name, size = f"fragments {kind} x{rows}", 16 * FRAGMENTS[kind].row_bytes
         up, down = (rand(n // 16, k // 256, size, dtype=torch.uint8) for n, k in ((2 * INNER, HIDDEN), (HIDDEN, INNER)))
         if kind != "Q6_K" or every:

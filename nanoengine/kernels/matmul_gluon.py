@@ -4,6 +4,10 @@ see `matmul`. Compute capability 9.0 only.
 Gluon says where everything lies, which Triton does not: all stages of a tile's weights are asked for before the wait,
 those of x behind it. Gluon has no interpreter, so this kernel is tested on a GPU, and compiled everywhere;
 `matmul_triton` is the same without the order.
+
+Where tiles are few, K is cut in parts. All programs run at the same time, so those of a tile wait for each other, and
+each adds up, in order, and finishes its share of the tile's rows: nothing is left for a last one to do. Programs of a
+tile follow each other, so that a GPU that runs fewer at a time would still come to an end.
 """
 
 # mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls
@@ -21,6 +25,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from nanoengine.kernels.matmul import MatmulTile, Scaled
 from nanoengine.kernels.matmul_triton import Launch
 
+_barrier = getattr(gl, "thread_barrier", None) or gl.barrier  # by its name in Triton 3.6, and behind it
 _TYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 
 
@@ -46,18 +51,43 @@ def _ask_for_weights(weight_desc, weights, ups, ready, stage, n, k, N: gl.conste
         tma.async_copy_global_to_shared(weight_desc, [N + n, k], ready.index(stage), ups.index(stage))
 
 
+@gluon.jit
+def _share_of_parts(acc, part_ptr, ticket_ptr, at, layout: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
+                    SPLITS: gl.constexpr):  # fmt: skip
+    """Leaves this program's sums [BLOCK_M, BLOCK_N], waits for those of the tile's other programs, and adds up the rows
+    that are its own: [BLOCK_M / SPLITS, BLOCK_N]. `at`: their places in a tile.
+
+    Each launch adds SPLITS, a power of two, to a tile's ticket, which may overflow: so nothing has to set it back."""
+    size: gl.constexpr = BLOCK_M * BLOCK_N
+    part = part_ptr + gl.program_id(1) * (SPLITS * size)
+    ticket = ticket_ptr + gl.program_id(1)
+    r = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, acc.type.layout))
+    c = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, acc.type.layout))
+    gl.store(part + gl.program_id(0) * size + r[:, None] * BLOCK_N + c[None, :], acc)
+    _barrier()  # every thread's part is written before one of them releases the ticket
+    end = (gl.atomic_add(ticket, 1, sem="acq_rel", scope="gpu") & -SPLITS) + SPLITS
+    while gl.atomic_add(ticket, 0, sem="acquire", scope="gpu") - end < 0:
+        pass
+    _barrier()
+    y = gl.zeros([BLOCK_M // SPLITS, BLOCK_N], gl.float32, layout=layout)
+    for split in gl.static_range(SPLITS):  # .cg: other programs wrote it; never from this multiprocessor's own L1
+        y += gl.load(part + split * size + at, cache_modifier=".cg")
+    return y
+
+
 @gluon.jit(do_not_specialize=["rows"])
 def _matmul_kernel(
-    x_desc, weight_desc, squares_ptr, add_ptr, next_ptr, y_ptr, scaled_ptr, sums_ptr,
+    x_desc, weight_desc, squares_ptr, add_ptr, next_ptr, y_ptr, scaled_ptr, sums_ptr, part_ptr, ticket_ptr,
     rows, add_stride, eps,
     N: gl.constexpr, K: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr,
     STAGES: gl.constexpr, SQUARES: gl.constexpr, GATED: gl.constexpr, HAS_ADD: gl.constexpr, NEXT: gl.constexpr,
-    WARPS: gl.constexpr,
+    WARPS: gl.constexpr, SPLITS: gl.constexpr,
 ):  # fmt: skip
     tiles_m = gl.cdiv(rows, BLOCK_M)
-    tile_n = gl.program_id(0) // tiles_m
-    m0, n0 = (gl.program_id(0) % tiles_m) * BLOCK_M, tile_n * BLOCK_N
-    steps: gl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
+    tile_n = gl.program_id(1) // tiles_m
+    m0, n0 = (gl.program_id(1) % tiles_m) * BLOCK_M, tile_n * BLOCK_N
+    steps: gl.constexpr = (K // SPLITS + BLOCK_K - 1) // BLOCK_K
+    first = gl.program_id(0) * (steps * BLOCK_K)
     size: gl.constexpr = (BLOCK_M + BLOCK_N * (2 if GATED else 1)) * BLOCK_K * 2
     xs = gl.allocate_shared_memory(x_desc.dtype, [STAGES, BLOCK_M, BLOCK_K], x_desc.layout)
     ws = gl.allocate_shared_memory(weight_desc.dtype, [STAGES, BLOCK_N, BLOCK_K], weight_desc.layout)
@@ -70,11 +100,11 @@ def _matmul_kernel(
     _release_dependents()
     for i in gl.static_range(STAGES):
         if i < steps:
-            _ask_for_weights(weight_desc, ws, us, ready, i, n0, i * BLOCK_K, N, GATED, size)
+            _ask_for_weights(weight_desc, ws, us, ready, i, n0, first + i * BLOCK_K, N, GATED, size)
     _wait_for_inputs()
     for i in gl.static_range(STAGES):
         if i < steps:
-            tma.async_copy_global_to_shared(x_desc, [m0, i * BLOCK_K], ready.index(i), xs.index(i))
+            tma.async_copy_global_to_shared(x_desc, [m0, first + i * BLOCK_K], ready.index(i), xs.index(i))
 
     layout: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[WARPS, 1], instr_shape=[16, BLOCK_N, 16]
@@ -101,17 +131,24 @@ def _matmul_kernel(
         later = step - 1 + STAGES
         if (step >= 1) & (later < steps):  # the products before these are done with their stage
             free = (step - 1) % STAGES
-            _ask_for_weights(weight_desc, ws, us, ready, free, n0, later * BLOCK_K, N, GATED, size)
-            tma.async_copy_global_to_shared(x_desc, [m0, later * BLOCK_K], ready.index(free), xs.index(free))
+            _ask_for_weights(weight_desc, ws, us, ready, free, n0, first + later * BLOCK_K, N, GATED, size)
+            tma.async_copy_global_to_shared(x_desc, [m0, first + later * BLOCK_K], ready.index(free), xs.index(free))
     if GATED:
         acc, up = warpgroup_mma_wait(0, deps=(acc, up))
     else:
         acc = warpgroup_mma_wait(0, deps=(acc,))
 
-    row, mask = m.to(gl.int64)[:, None], (m < rows)[:, None] & (n < N)[None, :]
     y = acc * scale[:, None]
     if GATED:
         y = y / (1.0 + gl.exp(-y)) * (up * scale[:, None])
+    if SPLITS > 1:  # without squares and gate
+        rows_at: gl.constexpr = gl.BlockedLayout([1, 4], [128 // BLOCK_N, BLOCK_N // 4], [WARPS, 1], [1, 0])
+        o = gl.program_id(0) * (BLOCK_M // SPLITS) + gl.arange(0, BLOCK_M // SPLITS, layout=gl.SliceLayout(1, rows_at))
+        c = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, rows_at))
+        at = o[:, None] * BLOCK_N + c[None, :]
+        y = _share_of_parts(acc, part_ptr, ticket_ptr, at, rows_at, BLOCK_M, BLOCK_N, SPLITS)
+        m, n = m0 + o, n0 + c
+    row, mask = m.to(gl.int64)[:, None], (m < rows)[:, None] & (n < N)[None, :]
     if HAS_ADD:
         y += gl.load(add_ptr + row * add_stride + n[None, :], mask=mask, other=0.0).to(gl.float32)
     out = y.to(y_ptr.dtype.element_ty)
@@ -142,16 +179,27 @@ def matmul(
     add: Tensor | None = None,
     next_norm: Tensor | None = None,
     out: Tensor | None = None,
+    tickets: Tensor | None = None,
 ) -> tuple[Tensor, Scaled | None]:
-    """As `matmul.matmul` without a bias; the only gate is silu. `out`: contiguous; where the result goes."""
+    """As `matmul.matmul` without a bias; the only gate is silu.
+
+    out: contiguous; where the result goes. tickets: int32, one a tile, at first 0; for launches with as many parts of K
+    as this one, which follow each other in one stream.
+    """
     given = Launch(x, weight, tile=tile, gate="silu" if silu else None, add=add, next_norm=next_norm, out=out)
-    k = weight.shape[1]
-    _matmul_kernel[given.grid](
+    k, part = weight.shape[1], given.y
+    stages = min(tile.stages, triton.cdiv(k // tile.splits, tile.block_k))
+    if tile.splits > 1:
+        assert tickets is not None
+        assert given.squares is None and not silu and given.grid[0] <= len(tickets), tile
+        part = torch.empty(given.grid[0] * tile.splits * tile.block_m * tile.block_n, device=part.device)
+    _matmul_kernel[(tile.splits, *given.grid)](
         _described(given.source, tile.block_m, tile.block_k),
         _described(weight, tile.block_n, tile.block_k),
-        *given.pointers(), given.rows, 0 if add is None else add.stride(0), eps,
+        *given.pointers(), part, given.y if tickets is None else tickets,
+        given.rows, 0 if add is None else add.stride(0), eps,
         K=k, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
-        STAGES=min(tile.stages, triton.cdiv(k, tile.block_k)), **given.constants,
+        STAGES=stages, **given.constants, SPLITS=tile.splits,
         WARPS=tile.warps, num_warps=tile.warps, launch_pdl=True,
     )  # fmt: skip
     return given.y, given.scaled

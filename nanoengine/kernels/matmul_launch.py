@@ -11,16 +11,22 @@ from torch import Tensor
 
 from nanoengine.kernels import matmul_triton
 from nanoengine.kernels.activation import Activation
-from nanoengine.kernels.matmul import MatmulTile, Scaled, matmul_tile
+from nanoengine.kernels.matmul import MOST_SPLITS, MatmulTile, Scaled, matmul_tile
 
+_MOST_TILES = 256  # that wait for each other
 _log = logging.getLogger(__name__)
 
 
 class Products:
     """Products by `matmul_triton` and `matmul_gluon`, on GPUs of compute capability 9.0, where they were measured."""
 
+    def __init__(self) -> None:
+        self._tickets: Tensor | None = None  # [parts of K, tiles]
+
     def takes(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, gate: Activation | None = None) -> bool:
         """Whether to call this object for the product."""
+        if self._tickets is None and x.is_cuda:  # with the first product of any size: nothing is made in a capture
+            self._tickets = torch.zeros(MOST_SPLITS + 1, _MOST_TILES, dtype=torch.int32, device=x.device)
         if bias is not None or x.dim() != 2 or _tile(x, weight, gate) is None:
             return False
         return _runs(x.device) and matmul_triton.takes(x, weight)
@@ -29,18 +35,23 @@ class Products:
         self, x: Tensor | Scaled, weight: Tensor, *, gate: Activation | None = None, **around: Any
     ) -> tuple[Tensor, Scaled | None]:
         """As `matmul.matmul`; also `out`, contiguous: where the result goes."""
-        tile = _tile(x.values if isinstance(x, Scaled) else x, weight, gate)
+        source, normed = (x.values, True) if isinstance(x, Scaled) else (x, False)
+        tile = _tile(source, weight, gate, normed=normed)
         assert tile is not None, "asked only for what it takes"
         if not tile.gluon:
             return matmul_triton.matmul(x, weight, tile=tile, gate=gate, **around)
         from nanoengine.kernels import matmul_gluon
 
-        return matmul_gluon.matmul(x, weight, tile=tile, silu=gate is not None, **around)
+        tickets = None if tile.splits == 1 or self._tickets is None else self._tickets[tile.splits]
+        return matmul_gluon.matmul(x, weight, tile=tile, silu=gate is not None, tickets=tickets, **around)
 
 
-def _tile(x: Tensor, weight: Tensor, gate: Activation | None) -> MatmulTile | None:
+def _tile(x: Tensor, weight: Tensor, gate: Activation | None, *, normed: bool = False) -> MatmulTile | None:
     outputs = len(weight) // 2 if gate else len(weight)
-    tile = matmul_tile(len(x), outputs, weight.shape[1], gated=gate is not None, itemsize=x.element_size())
+    tile = matmul_tile(
+        len(x), outputs, weight.shape[1], gated=gate is not None, itemsize=x.element_size(),
+        normed=normed, multiprocessors=_multiprocessors(x.device),
+    )  # fmt: skip
     if tile is None or not tile.gluon:
         return tile
     return tile if gate in (None, "silu") and has_gluon(x.device) else None
@@ -51,6 +62,11 @@ def _runs(device: torch.device) -> bool:
     if device.type != "cuda":  # the interpreter
         return True
     return torch.version.hip is None and torch.cuda.get_device_capability(device) == (9, 0)
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 0
 
 
 @functools.cache

@@ -177,9 +177,9 @@ def layer_product(rows: int, outputs: int, k: int, *, gated: bool) -> dict[str, 
     constants = {
         "N": outputs, "K": k, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k,
         "STAGES": tile.stages, "SQUARES": 32 if reads else 0, "GATED": gated, "HAS_ADD": not reads,
-        "NEXT": not reads, **({"WARPS": tile.warps} if tile.gluon else others),
+        "NEXT": not reads, **({"WARPS": tile.warps, "SPLITS": tile.splits} if tile.gluon else others),
     }  # fmt: skip
-    given = {**kinds(bf16="weight bias add next y scaled", fp32="squares sums"), "rows": "i32"}
+    given = {**kinds(bf16="weight bias add next y scaled", fp32="squares sums part", i32="ticket"), "rows": "i32"}
     given |= {"add_stride": "stride", "eps": "fp32"}
     for name, block in (("x", tile.block_m), ("weight", tile.block_n)):
         lies = f",{matmul_gluon.shared_layout(block, tile.block_k, torch.bfloat16)!r}" if tile.gluon else ""

@@ -110,11 +110,16 @@ def test_only_what_was_measured_has_a_tile() -> None:
         assert (tile is not None) == (33 <= rows <= (16384 if gated else 256))
         assert matmul_tile(rows, n, k, gated=gated, itemsize=4) is None
         if tile is not None:
-            assert tile.gluon == (rows <= 192)
+            split = n == 1024
+            assert tile.gluon == (rows <= 192 or split)
+            assert tile.splits == ((4 if rows <= 64 else 2) if split else 1)
             stage = (tile.block_m + tile.block_n * (1 + gated)) * tile.block_k * 2
             assert tile.stages >= 3
             assert stage * tile.stages <= 227 << 10
-            assert (n % tile.block_n, k % tile.block_k) == (0, 0)
+            assert (n % tile.block_n, k % (tile.block_k * tile.splits)) == (0, 0)
+    assert matmul_tile(64, 1024, 3072, gated=False, itemsize=2, normed=True).splits == 1
+    for few in (16, 100):  # multiprocessors that cannot hold all programs at a time: none waits for another
+        assert matmul_tile(256, 1024, 3072, gated=False, itemsize=2, multiprocessors=few).splits == 1
     for n, k in [(6144, 4096), (3072, 2048), (1000, 1024), (1024, 1000), (151936, 1024)]:
         assert matmul_tile(64, n, k, gated=False, itemsize=2) is None
 
@@ -158,6 +163,6 @@ def test_the_products_of_a_layer_on_a_gpu(rows) -> None:
         close(y, want)
         close(scaled.values, wanted.values)
         close(scaled.squares.sum(0), wanted.squares.sum(0))
-        for given, (after, gate) in product((scaled, y), behind):
+        for given, (after, gate) in product((scaled, y), [*behind, (rand(1024, 1024), None)]):
             out, _ = products(given, after, gate=gate, eps=EPS)
             close(out, twin.matmul(given, after, gate=gate, eps=EPS)[0])

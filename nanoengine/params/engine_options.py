@@ -100,7 +100,7 @@ class EngineOptions:
         enforce_eager: never capture graphs.
         graph_mixed_steps: also run steps with prompt tokens as padded graphs; otherwise these run eagerly.
         lazy_graphs: capture a graph when a step first wants it, which takes that step some milliseconds longer;
-            otherwise all at the start.
+            otherwise, and with tensor parallelism, all at the start.
         reuse_profile: a start with the model, options, GPU and versions of an earlier one takes the memory of the
             largest steps from it, and compiles nothing ahead; its notes are in the folder of Triton's cache.
         speculation: the drafter and its keys, as {"method": "ngram", "tokens": 4}, or its name alone;
@@ -145,7 +145,7 @@ class EngineOptions:
     step_timeout: float = 60.0
     enforce_eager: bool = False
     graph_mixed_steps: bool = True
-    lazy_graphs: bool = False
+    lazy_graphs: bool = True
     reuse_profile: bool = True
     speculation: Mapping[str, Any] | None = None
     overlap: bool = True

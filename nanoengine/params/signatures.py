@@ -199,7 +199,7 @@ class LLMSignature:
         step_timeout: float = 60.0,
         enforce_eager: bool = False,
         graph_mixed_steps: bool = True,
-        lazy_graphs: bool = False,
+        lazy_graphs: bool = True,
         reuse_profile: bool = True,
         speculation: Mapping[str, Any] | str | None = None,
         overlap: bool = True,
@@ -264,7 +264,7 @@ class LLMSignature:
             enforce_eager: never capture graphs.
             graph_mixed_steps: also run steps with prompt tokens as padded graphs; otherwise these run eagerly.
             lazy_graphs: capture a graph when a step first wants it, which takes that step some milliseconds longer;
-                otherwise all at the start.
+                otherwise, and with tensor parallelism, all at the start.
             reuse_profile: a start with the model, options, GPU and versions of an earlier one takes the memory of
                 the largest steps from it, and compiles nothing ahead; its notes are in the folder of Triton's
                 cache.
@@ -333,7 +333,7 @@ class AsyncLLMSignature:
         step_timeout: float = 60.0,
         enforce_eager: bool = False,
         graph_mixed_steps: bool = True,
-        lazy_graphs: bool = False,
+        lazy_graphs: bool = True,
         reuse_profile: bool = True,
         speculation: Mapping[str, Any] | str | None = None,
         overlap: bool = True,

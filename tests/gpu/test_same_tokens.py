@@ -34,7 +34,7 @@ MODES: dict[str, dict[str, Any]] = {
     "eager, torch operations": {"enforce_eager": True, "fuse_kernels": False, "overlap": False},
     "graphs": {},
     "graphs, in turn": {"overlap": False},
-    "graphs, when they are wanted": {"lazy_graphs": True},
+    "graphs, all at the start": {"lazy_graphs": False},
     "graphs, mixed steps eager": {"graph_mixed_steps": False},
     "graphs, torch operations": {"fuse_kernels": False},
 }

@@ -155,7 +155,8 @@ class _Start:
         self.clock.lap("buffers")
         report = self._make_kv_cache(built, runner)
         self.clock.lap("kv cache")
-        failure = capture_graphs(runner, later=options.lazy_graphs, is_compiled=self.notes is not None)
+        later = options.lazy_graphs and runner.tp.size == 1  # ranks would wait for each other in the middle of a step
+        failure = capture_graphs(runner, later=later, is_compiled=self.notes is not None)
         if self.notes is None and not failure and runner.graphs.used:
             self._peaks.write(path)
         self.clock.lap("capture")

@@ -5,8 +5,8 @@
 The shapes are those of a layer of Qwen3-8B, as the layers call the kernels: the gate with the product of gate and up,
 the residual stream with those that write to it. Each figure is the median over replays of a CUDA graph of many calls,
 divided by their number; calls rotate over copies of the weights. "limit" is the longer of two times: to read the weight
-and the tokens once, and to do the FLOPs. --tune tries tiles and prints the best of each shape and number of rows: what
-`int4_triton.tile_for` is to come from.
+and the tokens once, and to do the FLOPs. --tune tries tiles of `int4_triton` and prints the best of each shape and
+number of rows: what its `tile_for` is to come from.
 
 On a machine without a GPU, --check runs everything once in small sizes in Triton's interpreter.
 """
@@ -33,7 +33,8 @@ from torch import Tensor
 
 from nanoengine.kernels import int4_triton
 from nanoengine.kernels.int4 import Int4Weight, dequantise
-from nanoengine.kernels.int4_triton import Int4Tile, int4_linear
+from nanoengine.kernels.int4_launch import int4_linear
+from nanoengine.kernels.int4_triton import Int4Tile
 from nanoengine.kernels.ops import TritonOps
 from nanoengine.kernels.split_k_triton import tickets_on
 from nanoengine.lab.bench.report import environment
@@ -84,7 +85,10 @@ class Case:
 
     def ours(self, weight: Int4Weight, tile: Int4Tile | None = None) -> Tensor:
         gate = "silu" if self.shape.gated else None
-        return int4_linear(self.x, weight, gate=gate, add=self.add, tickets=self.tickets, tile=tile)
+        around: Any = {"gate": gate, "add": self.add, "tickets": self.tickets}
+        if tile:
+            return int4_triton.int4_linear(self.x, weight, tile=tile, **around)
+        return int4_linear(self.x, weight, **around)
 
     def us(self, tile: Int4Tile | None = None, replays: int = 15) -> float:
         return time_us(calls_over(self.weights, lambda each: self.ours(each, tile)), DEVICE, replays)[0]

@@ -3,8 +3,8 @@
 Gluon says where everything lies, which Triton does not: sixteen bytes that a thread loads of a row of the weight are
 its share of eight products of tensor cores (`mma.sync`, 16 rows of the weight x 16 inputs x 8 tokens), so codes pass
 through no shared memory, and two instructions cut two. Codes stand on 128 (bfloat16) or 1024 (float16); a product with
-ones says how much of a sum that, and the zero, was. Each warp of a program has a part of K, whose codes it asks for
-before it waits for the kernel in front; sums are joined in shared memory.
+ones says how much of a sum that, and the zero, was. Each warp of a program has a part of K, of whose codes it asks for
+as many as registers hold before it waits for the kernel in front; sums are joined in shared memory.
 
 Gluon has no interpreter: this is tested on a GPU, and compiled everywhere. `int4_triton` does the same without the
 order, for everything that this does not take.
@@ -21,7 +21,7 @@ import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
+from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
 from nanoengine.kernels.activation import Activation
 from nanoengine.kernels.int4 import Int4Weight
@@ -109,12 +109,28 @@ def _each_step(values, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
-def _ask_for_words(words, ptrs, block, BLOCKS: gl.constexpr, RAGGED: gl.constexpr):
-    """Words of 128 inputs; of the last ones where there are no such."""
+def _words(ptrs, block, BLOCKS: gl.constexpr, RAGGED: gl.constexpr):
+    """(words of 128 inputs,); of the last ones where there are no such."""
     if RAGGED:
         block = gl.minimum(block, BLOCKS - 1)
-    async_copy.async_copy_global_to_shared(words, ptrs + block * 32)
-    async_copy.commit_group()
+    return (gl.load(ptrs + block * 32),)
+
+
+@gluon.jit
+def _tokens(ptrs, there, block, BLOCKS: gl.constexpr, RAGGED: gl.constexpr):
+    """What is multiplied with codes 0 to 3 of 128 inputs; 0 where there are no such. Threads of tokens that are not
+    there load nothing, and whatever they have goes into sums of those."""
+    if RAGGED:
+        there = there & (block < BLOCKS)
+        return (
+            gl.load(ptrs, mask=there, other=0.0), gl.load(ptrs + 8, mask=there, other=0.0),
+            gl.load(ptrs + 16, mask=there, other=0.0), gl.load(ptrs + 24, mask=there, other=0.0),
+        )  # fmt: skip
+    else:
+        return (
+            gl.load(ptrs, mask=there), gl.load(ptrs + 8, mask=there),
+            gl.load(ptrs + 16, mask=there), gl.load(ptrs + 24, mask=there),
+        )  # fmt: skip
 
 
 @gluon.jit(do_not_specialize=["rows"])
@@ -122,12 +138,13 @@ def _few_kernel(
     x_ptr, codes_ptr, scales_ptr, zeros_ptr, bias_ptr, add_ptr, y_ptr, part_ptr, ticket_ptr,
     squares_ptr, next_ptr, scaled_ptr, sums_ptr, rows, x_stride, y_stride, add_stride, eps,
     N: gl.constexpr, K: gl.constexpr, GROUP: gl.constexpr, BLOCK_T: gl.constexpr, BLOCK_N: gl.constexpr,
-    WARPS: gl.constexpr, STEPS: gl.constexpr, STAGES: gl.constexpr, CHUNK: gl.constexpr, WAIT: gl.constexpr,
+    WARPS: gl.constexpr, STEPS: gl.constexpr, CHUNK: gl.constexpr, AHEAD: gl.constexpr,
+    SHORT: gl.constexpr,
     HAS_ZEROS: gl.constexpr, GATED: gl.constexpr, ACTIVATION: gl.constexpr,
     HAS_BIAS: gl.constexpr, HAS_ADD: gl.constexpr, SQUARES: gl.constexpr, PARTS: gl.constexpr, NEXT: gl.constexpr,
     SPLITS: gl.constexpr, ASM: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
-    width: gl.constexpr = 2 * BLOCK_N if GATED else BLOCK_N
+    width: gl.constexpr = 16
     blocks: gl.constexpr = K // 128
     ragged: gl.constexpr = blocks < WARPS * STEPS
     mma: gl.constexpr = gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[WARPS, 1, 1], instr_shape=[1, 16, 8])
@@ -135,16 +152,15 @@ def _few_kernel(
     of_x: gl.constexpr = gl.DotOperandLayout(1, mma, 8)
     of_rows: gl.constexpr = gl.SliceLayout(2, mma)
     of_scales: gl.constexpr = _scales_layout(WARPS, width, CHUNK)
-    flat: gl.constexpr = gl.SwizzledSharedLayout(8, 1, 1, order=[2, 1, 0])
     offset: gl.constexpr = 128.0 if x_ptr.dtype.element_ty == gl.bfloat16 else 1024.0
     if PDL:
         do("griddepcontrol.launch_dependents; // $0")
     word_ptrs = codes_ptr + weight_rows(_along(width, 1, of_words), N, BLOCK_N, GATED) * (K // 4)
     word_ptrs += _along(32, 2, of_words)
     block = _along(WARPS, 0, of_words) * STEPS
-    words = gl.allocate_shared_memory(gl.int16, [STAGES, WARPS, width, 32], flat)
-    for s in gl.static_range(STAGES):
-        _ask_for_words(words.index(s), word_ptrs, block + s, blocks, ragged)
+    words = ()
+    for s in gl.static_range(AHEAD):
+        words += _words(word_ptrs, block + s, blocks, ragged)
     scale_rows = weight_rows(_along(width, 1, of_scales), N, BLOCK_N, GATED) * (K // GROUP)
     scale_block = _along(WARPS, 0, of_scales) * STEPS + _along(CHUNK, 2, of_scales)
     scales = ()
@@ -163,36 +179,37 @@ def _few_kernel(
     t = gl.program_id(2) * BLOCK_T + _along(BLOCK_T, 2, of_x)
     k = _along(32, 1, of_x)
     x_block = _along(WARPS, 0, of_x) * STEPS
-    x_ptrs = x_ptr + gl.where(t < rows, t, 0).to(gl.int64) * x_stride + x_block * 128 + (k // 8 * 32 + k % 8)
+    x_ptrs = x_ptr + t.to(gl.int64) * x_stride + x_block * 128 + (k // 8 * 32 + k % 8)
+    there = t < rows
     acc = gl.zeros([WARPS, width, BLOCK_T], gl.float32, layout=mma)
     for i in gl.static_range((STEPS * 2 + width - 1) // width):  # all lines of a warp's part of the first token at once
         line = _along(WARPS, 0, mma) * (STEPS * 128) + (i * width + _along(width, 1, mma)) % (STEPS * 2) * 64
         seen = gl.load(x_ptr + line, mask=line < K, other=0.0).to(gl.float32)
         acc += gl.where(rows < 0, seen, 0.0)  # never, and the compiler cannot know
     ones = gl.full([WARPS, 16, 32], 1.0, x_ptr.dtype.element_ty, layout=of_words)
+    x = _tokens(x_ptrs, there, x_block, blocks, ragged)
     for s in gl.static_range(STEPS):
-        if s % WAIT == 0:  # for so many steps
-            async_copy.wait_group(max(0, min(STAGES, STEPS - s) - WAIT))
-        mine = words.index(s % STAGES).load(of_words)
+        if s + 1 < STEPS:
+            next_x = _tokens(x_ptrs + (s + 1) * 128, there, x_block + (s + 1), blocks, ragged)
         sums = gl.zeros([WARPS, width, BLOCK_T], gl.float32, layout=mma)
         plain = gl.zeros([WARPS, 16, BLOCK_T], gl.float32, layout=mma)
+        if SHORT:  # sums of two halves
+            half = mma_v2(_lifted(words[s], x_ptr, 1), x[1], mma_v2(_lifted(words[s], x_ptr, 0), x[0], sums))
+            sums = mma_v2(_lifted(words[s], x_ptr, 3), x[3], mma_v2(_lifted(words[s], x_ptr, 2), x[2], sums)) + half
+        else:
+            for code in gl.static_range(4):
+                sums = mma_v2(_lifted(words[s], x_ptr, code), x[code], sums)
         for code in gl.static_range(4):
-            if ragged:
-                x = gl.load(x_ptrs + (s * 128 + code * 8), mask=x_block + s < blocks, other=0.0)
-            else:
-                x = gl.load(x_ptrs + (s * 128 + code * 8))
-            sums = mma_v2(_lifted(mine, x_ptr, code), x, sums)
-            plain = mma_v2(ones, x, plain)
-        for half in gl.static_range(1 if width == 16 else 2 if width == 32 else 3, 1, -1):
-            plain = gl.permute(gl.join(plain, plain), (0, 3, 1, 2))
-            plain = gl.reshape(plain, [WARPS, width >> (half - 2), BLOCK_T])
-        plain = gl.convert_layout(plain, mma, assert_trivial=True)
+            plain = mma_v2(ones, x[code], plain)
+        if s + 1 < STEPS:
+            x = next_x
         zero = 8.0
         if HAS_ZEROS:
             zero = zeros[s].to(gl.float32)[:, :, None]
         acc += scales[s].to(gl.float32)[:, :, None] * (sums - (offset + zero) * plain)
-        if s + STAGES < STEPS:
-            _ask_for_words(words.index(s % STAGES), word_ptrs, block + (s + STAGES), blocks, ragged)
+        if s + AHEAD < STEPS:
+            words += _words(word_ptrs, block + (s + AHEAD), blocks, ragged)
+            do("bar.warp.sync 0xffffffff; // $0")  # loads before it stay there
     finish_tile(
         gl.sum(acc, 0), bias_ptr, add_ptr, y_ptr, squares_ptr, next_ptr, scaled_ptr, sums_ptr, rows, y_stride,
         add_stride, eps, N, K, BLOCK_T, BLOCK_N, WARPS, GATED, ACTIVATION, HAS_BIAS, HAS_ADD, SQUARES, PARTS, NEXT,
@@ -201,19 +218,20 @@ def _few_kernel(
 
 @dataclass(frozen=True, slots=True)
 class FewTile:
-    """Rows of the weight that a program has, warps that share K, how many times 128 inputs of each are in shared memory
-    or on their way, for how many of them it waits at once, and registers of a thread; 0: as many as it takes."""
+    """Warps that share K, how many times 128 inputs ahead each loads words, whether it adds up halves of 128 inputs by
+    themselves (less to wait for, more to add), and registers of a thread; 0: as many as it takes."""
 
-    width: int
     warps: int
-    stages: int
-    wait: int = 2
+    ahead: int
+    short: bool
     registers: int = 0
 
 
 def tile_for(n: int, k: int) -> FewTile:
-    """n: rows of the weight. Sizes of Qwen3-8B, bf16, one H200, Triton 3.6, 2026-11-29."""
-    return FewTile(16, 4, 8, wait=4) if k <= 4096 else FewTile(16, 8, 12, wait=4)
+    """n: rows of the weight. From sizes of Qwen3-8B in a chain, bf16, one H200, Triton 3.6, 2026-11-29."""
+    if k > 4096:
+        return FewTile(8, 8, short=False, registers=128)
+    return FewTile(8, 4, short=True) if n <= 4096 else FewTile(4, 8, short=True, registers=128)
 
 
 def product(
@@ -238,15 +256,14 @@ def product(
     steps = triton.cdiv(k // _STEP, tile.warps)
     launch = SplitProduct(
         x, y, bias, eps=eps, gate=gate, add=add, next_norm=next_norm, tickets=None,
-        block_n=tile.width // 2 if gate else tile.width, block_t=8 if rows <= 8 else 16, splits=1,
+        block_n=8 if gate else 16, block_t=8 if rows <= 8 else 16, splits=1,
     )  # fmt: skip
     if rows:
         zeros = weight.scales if weight.zeros is None else weight.zeros
         _few_kernel[launch.grid](
             values, weight.codes.view(torch.int16), weight.scales, zeros, *launch.arguments,
-            GROUP=weight.group, WARPS=tile.warps, STEPS=steps, STAGES=min(tile.stages, steps),
-            CHUNK=min(8, steps & -steps), WAIT=min(tile.wait, steps),
-            HAS_ZEROS=weight.zeros is not None,
+            GROUP=weight.group, WARPS=tile.warps, STEPS=steps, CHUNK=min(8, steps & -steps),
+            AHEAD=min(tile.ahead, steps), SHORT=tile.short, HAS_ZEROS=weight.zeros is not None,
             num_warps=tile.warps, maxnreg=tile.registers or None, **launch.constants,
         )  # fmt: skip
     return y, launch.scaled

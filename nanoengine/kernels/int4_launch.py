@@ -16,7 +16,8 @@ from nanoengine.kernels.matmul_launch import has_gluon
 
 GLUON_ROWS = 512
 """More rows are products of `int4_triton`; 0: all are, to compare the two."""
-_FEW, _MANY = 16, 65  # rows in between are as many microseconds in Triton, or fewer (not measured for all sizes)
+_FEW, _MANY = 16, 33  # rows in between were not measured in Gluon
+_NARROW = 4096  # so few rows of a weight are as fast in Triton with up to 64 tokens
 _STEP = 128  # a group that is no multiple of it is a product of `int4_triton`
 
 
@@ -72,6 +73,7 @@ def _product_in_gluon(
 
     if len(values) <= _FEW:
         return int4_few_gluon.product(x, weight, bias, **around)
-    if len(values) < _MANY or not int4_many_gluon.takes(values):
+    narrow = len(values) <= int4_triton.MAX_ROWS and weight.shape[0] <= _NARROW
+    if len(values) < _MANY or narrow or not int4_many_gluon.takes(values):
         return None
     return int4_many_gluon.product(x, weight, bias, **around)

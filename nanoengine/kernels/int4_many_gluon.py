@@ -2,8 +2,8 @@
 registers while the product before them is made. Compute capability 9.0 only.
 
 A thread loads, of each 32 inputs of a row of the weight, two words, in which are its shares of two products, as tensor
-cores count inputs. Codes minus their zero are whole numbers, so a product is as exact as its input: the sum over 128
-inputs is made first, and takes the group's scale. Tokens come through shared memory, which all warps read.
+cores count inputs. Values are rounded once to the dtype of the tokens, as those of a dequantised copy. Tokens and words
+come through shared memory.
 
 Gluon has no interpreter: this is tested on a GPU, and compiled everywhere. `int4_triton` does the same without the
 order.
@@ -39,8 +39,17 @@ from nanoengine.kernels.split_k_triton import SplitProduct
 
 _STEP = 128  # inputs that are multiplied at once; a group is a multiple of it
 
-# Two words of 16 bits -> code 0 to 3 of each minus what is in $2: a mask makes them the last bits of two floats.
-_CUT = "{{ .reg .b32 a, b; shr.b32 a, $1, {shift}; lop3.b32 a, a, 0x000F000F, {base}, 0xEA; mov.b32 b, {one}; fma.rn.{kind} $0, a, b, $2; }}"  # noqa: E501
+# Two words of 16 bits -> code 0 to 3 of each, as values: a mask makes them the last bits of two floats, $2 takes off
+# what these are without a code, and $3 + $4 is the scale, of which $4 is so small that the value is rounded once.
+_CUT = """{{
+.reg .b32 a, b;
+shr.b32 a, $1, {shift};
+lop3.b32 a, a, 0x000F000F, {base}, 0xEA;
+mov.b32 b, {one};
+fma.rn.{kind} a, a, b, $2;
+mul.rn.{kind} b, a, $4;
+fma.rn.{kind} $0, a, $3, b;
+}}"""
 
 
 def _cuts(**kind: str) -> tuple[gl.constexpr, ...]:
@@ -52,8 +61,10 @@ _FP16_0, _FP16_1, _FP16_2, _FP16_3 = _cuts(kind="f16x2", base="0x64006400", one=
 
 
 @gluon.jit
-def _run(asm: gl.constexpr, words, taken):
-    return gl.inline_asm_elementwise(asm, "=r,r,r", [words, taken], dtype=taken.dtype, is_pure=True, pack=2)
+def _run(asm: gl.constexpr, words, taken, high, low):
+    return gl.inline_asm_elementwise(
+        asm, "=r,r,r,r,r", [words, taken, high, low], dtype=taken.dtype, is_pure=True, pack=2
+    )
 
 
 @gluon.constexpr_function
@@ -65,34 +76,71 @@ def _words_layout(warps):
 
 
 @gluon.jit
-def _cut(words, taken, LAYOUT: gl.constexpr):
-    """Words [M, 32] -> 128 codes of each row, minus what `taken` [M] says, in order."""
-    rows: gl.constexpr = words.shape[0]
-    taken = gl.expand_dims(taken, 1).broadcast_to([rows, 32])
-    if taken.dtype == gl.bfloat16:
-        even = gl.join(_run(_BF16_0, words, taken), _run(_BF16_2, words, taken))
-        odd = gl.join(_run(_BF16_1, words, taken), _run(_BF16_3, words, taken))
+def _of_group(scales_ptr, zeros_ptr, at, HAS_ZEROS: gl.constexpr):
+    """(scales, zeros) of rows, as they are in memory."""
+    scale = gl.load(scales_ptr + at)
+    if HAS_ZEROS:
+        return scale, gl.load(zeros_ptr + at)
     else:
-        even = gl.join(_run(_FP16_0, words, taken), _run(_FP16_2, words, taken))
-        odd = gl.join(_run(_FP16_1, words, taken), _run(_FP16_3, words, taken))
-    both = gl.reshape(gl.join(even, odd), [rows, 4, 8, 2, 2])
-    return gl.convert_layout(gl.reshape(gl.permute(both, (0, 1, 3, 4, 2)), [rows, 128]), LAYOUT, assert_trivial=True)
+        return scale, scale
 
 
 @gluon.jit
-def _taken(zeros_ptr, at, x_desc, HAS_ZEROS: gl.constexpr):
-    """-(128 + zero) for bfloat16, -(1024 + zero) for float16."""
-    offset: gl.constexpr = 128.0 if x_desc.dtype == gl.bfloat16 else 1024.0
+def _values(
+    words, scale, zero, x_desc, OF_WORDS: gl.constexpr, OF_VALUES: gl.constexpr, HAS_ZEROS: gl.constexpr
+):  # fmt: skip
+    """Words [M, 32] -> 128 values of each row, in order, rounded once to the dtype of x."""
+    rows: gl.constexpr = words.shape[0]
+    dtype: gl.constexpr = x_desc.dtype
+    taken = gl.full([rows], 8.0, gl.float32, layout=gl.SliceLayout(1, OF_WORDS))
     if HAS_ZEROS:
-        return (-offset - gl.load(zeros_ptr + at).to(gl.float32)).to(x_desc.dtype)
+        taken = zero.to(gl.float32)
+    taken = (-taken - (128.0 if dtype == gl.bfloat16 else 1024.0)).to(dtype)
+    wide = scale.to(gl.float32)
+    high = wide.to(dtype)
+    low = (wide - high.to(gl.float32)).to(dtype)
+    taken = gl.expand_dims(taken, 1).broadcast_to([rows, 32])
+    high = gl.expand_dims(high, 1).broadcast_to([rows, 32])
+    low = gl.expand_dims(low, 1).broadcast_to([rows, 32])
+    if dtype == gl.bfloat16:
+        even = gl.join(_run(_BF16_0, words, taken, high, low), _run(_BF16_2, words, taken, high, low))
+        odd = gl.join(_run(_BF16_1, words, taken, high, low), _run(_BF16_3, words, taken, high, low))
     else:
-        return gl.full(at.shape, -offset - 8.0, x_desc.dtype, layout=at.type.layout)
+        even = gl.join(_run(_FP16_0, words, taken, high, low), _run(_FP16_2, words, taken, high, low))
+        odd = gl.join(_run(_FP16_1, words, taken, high, low), _run(_FP16_3, words, taken, high, low))
+    both = gl.reshape(gl.join(even, odd), [rows, 4, 8, 2, 2])
+    return gl.convert_layout(gl.reshape(gl.permute(both, (0, 1, 3, 4, 2)), [rows, 128]), OF_VALUES, assert_trivial=True)
 
 
 @gluon.jit
 def _ask_for_tokens(x_desc, xs, ready, stage, t0, k, BYTES: gl.constexpr):
     mbarrier.expect(ready.index(stage), BYTES)
     tma.async_copy_global_to_shared(x_desc, [t0, k], ready.index(stage), xs.index(stage))
+
+
+@gluon.jit
+def _step(
+    step, acc, values, before, scale, zero, x_desc, xs, ready, t0, words, word_ptrs, scales_ptr, zeros_ptr, at,
+    STEPS: gl.constexpr, EACH: gl.constexpr, OF_WORDS: gl.constexpr, OF_VALUES: gl.constexpr, STAGES: gl.constexpr,
+    BLOCK_T: gl.constexpr, HAS_ZEROS: gl.constexpr,
+):  # fmt: skip
+    """Starts the product with `values`, and makes those of the step behind it when that with `before` is made.
+    scale, zero: of the step behind it."""
+    stage = step % STAGES
+    mbarrier.wait(ready.index(stage), (step // STAGES) & 1)
+    acc = warpgroup_mma(values, xs.index(stage).permute((1, 0)), acc, is_async=True)
+    acc, before = warpgroup_mma_wait(1, deps=(acc, before))
+    if (step > 0) & (step - 1 + STAGES < STEPS):
+        free = (step + STAGES - 1) % STAGES
+        _ask_for_tokens(x_desc, xs, ready, free, t0, (step - 1 + STAGES) * 128, BLOCK_T * 256)
+    async_copy.wait_group(max(0, STAGES - 2))
+    mine = words.index((step + 1) % STAGES).load(OF_WORDS)
+    ahead = word_ptrs + gl.minimum(step + STAGES, STEPS - 1) * 32
+    async_copy.async_copy_global_to_shared(words.index(stage), ahead)  # also behind the last: groups are counted
+    async_copy.commit_group()
+    next_values = _values(mine, scale, zero, x_desc, OF_WORDS, OF_VALUES, HAS_ZEROS)
+    next_scale, next_zero = _of_group(scales_ptr, zeros_ptr, at + gl.minimum(step + 2, STEPS - 1) // EACH, HAS_ZEROS)
+    return acc, next_values, next_scale, next_zero
 
 
 @gluon.jit(do_not_specialize=["rows"])
@@ -111,9 +159,8 @@ def _many_kernel(
     mma: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[WARPS, 1], instr_shape=[16, BLOCK_T, 16]
     )
-    of_codes: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
+    of_values: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
     of_words: gl.constexpr = _words_layout(WARPS)
-    of_rows: gl.constexpr = gl.SliceLayout(1, mma)
     t0 = gl.program_id(2) * BLOCK_T
     xs = gl.allocate_shared_memory(x_desc.dtype, [STAGES, BLOCK_T, 128], x_desc.layout)
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -128,13 +175,11 @@ def _many_kernel(
     for i in gl.static_range(STAGES):
         async_copy.async_copy_global_to_shared(words.index(i), word_ptrs + min(i, steps - 1) * 32)
         async_copy.commit_group()
-    zero_at = weight_rows(gl.arange(0, width, layout=gl.SliceLayout(1, of_words)), N, BLOCK_N, GATED) * (K // GROUP)
-    scale_at = weight_rows(gl.arange(0, width, layout=of_rows), N, BLOCK_N, GATED) * (K // GROUP)
-    taken = _taken(zeros_ptr, zero_at, x_desc, HAS_ZEROS)
-    next_taken = _taken(zeros_ptr, zero_at + min(1, steps - 1) // each, x_desc, HAS_ZEROS)
-    scale = gl.load(scales_ptr + scale_at)
+    at = weight_rows(gl.arange(0, width, layout=gl.SliceLayout(1, of_words)), N, BLOCK_N, GATED) * (K // GROUP)
+    scale, zero = _of_group(scales_ptr, zeros_ptr, at, HAS_ZEROS)
+    next_scale, next_zero = _of_group(scales_ptr, zeros_ptr, at + min(1, steps - 1) // each, HAS_ZEROS)
     async_copy.wait_group(STAGES - 1)
-    codes = _cut(words.index(0).load(of_words), taken, of_codes)
+    values = _values(words.index(0).load(of_words), scale, zero, x_desc, of_words, of_values, HAS_ZEROS)
     if PDL:
         do("griddepcontrol.wait; // $0")
     for i in gl.static_range(STAGES):
@@ -142,24 +187,22 @@ def _many_kernel(
             _ask_for_tokens(x_desc, xs, ready, i, t0, i * 128, BLOCK_T * 256)
 
     acc = gl.zeros([width, BLOCK_T], gl.float32, layout=mma)
-    for step in range(steps):
-        stage = step % STAGES
-        mbarrier.wait(ready.index(stage), (step // STAGES) & 1)
-        sums = gl.zeros([width, BLOCK_T], gl.float32, layout=mma)
-        sums = warpgroup_mma(codes, xs.index(stage).permute((1, 0)), sums, use_acc=False, is_async=True)
-        taken = next_taken
-        next_taken = _taken(zeros_ptr, zero_at + gl.minimum(step + 2, steps - 1) // each, x_desc, HAS_ZEROS)
-        next_scale = gl.load(scales_ptr + scale_at + gl.minimum(step + 1, steps - 1) // each)
-        async_copy.wait_group(STAGES - 2)
-        next_codes = _cut(words.index((step + 1) % STAGES).load(of_words), taken, of_codes)
-        ahead = word_ptrs + gl.minimum(step + STAGES, steps - 1) * 32
-        async_copy.async_copy_global_to_shared(words.index(stage), ahead)  # also behind the last: groups are counted
-        async_copy.commit_group()
-        sums, codes = warpgroup_mma_wait(0, deps=(sums, codes))
-        acc += scale.to(gl.float32)[:, None] * sums
-        codes, scale = next_codes, next_scale
-        if step + STAGES < steps:
-            _ask_for_tokens(x_desc, xs, ready, stage, t0, (step + STAGES) * 128, BLOCK_T * 256)
+    others = values
+    for pair in range(steps // 2):  # values that tensor cores still read stay where they are
+        acc, others, next_scale, next_zero = _step(
+            2 * pair, acc, values, others, next_scale, next_zero, x_desc, xs, ready, t0, words, word_ptrs,
+            scales_ptr, zeros_ptr, at, steps, each, of_words, of_values, STAGES, BLOCK_T, HAS_ZEROS,
+        )  # fmt: skip
+        acc, values, next_scale, next_zero = _step(
+            2 * pair + 1, acc, others, values, next_scale, next_zero, x_desc, xs, ready, t0, words, word_ptrs,
+            scales_ptr, zeros_ptr, at, steps, each, of_words, of_values, STAGES, BLOCK_T, HAS_ZEROS,
+        )  # fmt: skip
+    if steps % 2 == 1:
+        acc, others, next_scale, next_zero = _step(
+            gl.to_tensor(steps - 1), acc, values, others, next_scale, next_zero, x_desc, xs, ready, t0, words,
+            word_ptrs, scales_ptr, zeros_ptr, at, steps, each, of_words, of_values, STAGES, BLOCK_T, HAS_ZEROS,
+        )  # fmt: skip
+    acc, values, others = warpgroup_mma_wait(0, deps=(acc, values, others))
     async_copy.wait_group(0)
     finish_tile(
         acc, bias_ptr, add_ptr, y_ptr, squares_ptr, next_ptr, scaled_ptr, sums_ptr, rows, y_stride,
@@ -177,10 +220,11 @@ class ManyTile:
 
 
 def tile_for(rows: int, n: int) -> ManyTile:
-    """n: rows of the weight. Few programs are helped by many stages, many by two on a multiprocessor. From sizes of
+    """n: rows of the weight. Two programs on a multiprocessor, if there are so many; else more stages. From sizes of
     Qwen3-8B, bf16, one H200, Triton 3.6, 2026-11-29."""
-    block_t = min(128, max(32, triton.next_power_of_2(rows)))
-    return ManyTile(block_t, 4, 5 if triton.cdiv(rows, block_t) * n <= 8192 else 3)
+    if rows <= 64:
+        return ManyTile(max(32, triton.next_power_of_2(rows)), 8, 6)
+    return ManyTile(128, 4, 3 if triton.cdiv(rows, 128) * triton.cdiv(n, 64) > 132 else 5)
 
 
 def takes(x: Tensor) -> bool:

@@ -196,6 +196,12 @@ def _int4_kernel(
 
 
 @triton.jit
+def _value(words, CODE: tl.constexpr, zero, scale, out_ptr):
+    """Of code 0 to 3 of each word, rounded once."""
+    return ((((words >> 4 * CODE) & 15).to(tl.float32) - zero) * scale).to(out_ptr.dtype.element_ty)
+
+
+@triton.jit
 def _dequantise_kernel(
     codes_ptr, scales_ptr, zeros_ptr, out_ptr, N, K: tl.constexpr, GROUP: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, HAS_ZEROS: tl.constexpr, PDL: tl.constexpr,
@@ -209,10 +215,11 @@ def _dequantise_kernel(
     scale, zero = tl.load(scales_ptr + at).to(tl.float32), _zeros_at(zeros_ptr, at, HAS_ZEROS)
     release_dependents(PDL)
     wait_for_inputs(PDL)
-    out = out_ptr + source * K + start + word // 8 * 32 + word % 8
-    for code in tl.static_range(4):
-        value = (((words >> 4 * code) & 15).to(tl.float32) - zero) * scale
-        tl.store(out + 8 * code, value.to(out_ptr.dtype.element_ty), mask=n < N)
+    even = tl.join(_value(words, 0, zero, scale, out_ptr), _value(words, 2, zero, scale, out_ptr))
+    odd = tl.join(_value(words, 1, zero, scale, out_ptr), _value(words, 3, zero, scale, out_ptr))
+    values = tl.reshape(tl.join(even, odd), (BLOCK_N, BLOCK_K // 32, 8, 2, 2))
+    values = tl.reshape(tl.permute(values, (0, 1, 3, 4, 2)), (BLOCK_N, BLOCK_K))  # whole lines are written at once
+    tl.store(out_ptr + source * K + start + tl.arange(0, BLOCK_K)[None, :], values, mask=n < N)
 
 
 @dataclass(frozen=True, slots=True)

@@ -73,7 +73,7 @@ def test_looking_ahead_is_feeding(number: int, reasoning: int | None) -> None:
 
 def by_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     """All matchers but the first, where there are threads."""
-    for name, value in (("_SECONDS_ALONE", -1.0), ("_SECONDS_LEFT", -1.0), ("_LOOK_EVERY", 1)):
+    for name, value in (("_SECONDS_ALONE", -1.0), ("_SECONDS_LEFT", -1.0), ("_LOOK_EVERY", 2)):
         monkeypatch.setattr(llguidance, name, value)
 
 

@@ -196,7 +196,7 @@ class _Matcher(Matcher):
                 refused.append(done - 1)
             matcher.unsafe_compute_mask_ptr(address, size)
             address += size
-            if executor is not None and done % _LOOK_EVERY == 0 and _pays(perf_counter() - begun, done, len(own)):
+            if executor is not None and done % _LOOK_EVERY == 1 and _pays(perf_counter() - begun, done, len(own)):
                 refused += _advance_others(executor, own, token_ids, out, done)
                 break
         failed, complete, added = {i: _error_of(own[i]) for i in refused}, list[int](), matchers[0]._added

@@ -1,4 +1,4 @@
-"""`int4.int4_linear` of up to 16 rows by tensor cores, each code cut in the registers into which it was loaded.
+"""`int4.int4_linear` of up to 8 rows by tensor cores, each code cut in the registers into which it was loaded.
 
 Gluon says where everything lies, which Triton does not: sixteen bytes that a thread loads of a row of the weight are
 its share of eight products of tensor cores (`mma.sync`, 16 rows of the weight x 16 inputs x 8 tokens), so codes pass
@@ -256,7 +256,7 @@ def product(
     steps = triton.cdiv(k // _STEP, tile.warps)
     launch = SplitProduct(
         x, y, bias, eps=eps, gate=gate, add=add, next_norm=next_norm, tickets=None,
-        block_n=8 if gate else 16, block_t=8 if rows <= 8 else 16, splits=1,
+        block_n=8 if gate else 16, block_t=8, splits=1,
     )  # fmt: skip
     if rows:
         zeros = weight.scales if weight.zeros is None else weight.zeros

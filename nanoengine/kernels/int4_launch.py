@@ -16,7 +16,7 @@ from nanoengine.kernels.matmul_launch import has_gluon
 
 GLUON_ROWS = 512
 """More rows are products of `int4_triton`; 0: all are, to compare the two."""
-_FEW, _MANY = 16, 33  # rows in between were not measured in Gluon
+_FEW, _MANY = 8, 33  # rows in between were not measured in Gluon, or use more registers than threads have
 _NARROW = 4096  # so few rows of a weight are as fast in Triton with up to 64 tokens
 _STEP = 128  # a group that is no multiple of it is a product of `int4_triton`
 

@@ -1,4 +1,4 @@
-"""`int4.int4_linear` of 17 to some hundred rows by tensor cores (`wgmma`), whose left operand are the codes, cut in
+"""`int4.int4_linear` of 33 to some hundred rows by tensor cores (`wgmma`), whose left operand are the codes, cut in
 registers while the product before them is made. Compute capability 9.0 only.
 
 A thread loads, of each 32 inputs of a row of the weight, two words, in which are its shares of two products, as tensor

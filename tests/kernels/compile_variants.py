@@ -98,8 +98,8 @@ def int4_in_gluon(every: bool) -> Iterator[Launch]:
     from nanoengine.kernels import int4_few_gluon, int4_many_gluon
     from nanoengine.kernels.int4 import Int4Weight
 
-    for rows, zeros in product((1, 16, 64, 256), (True, False)) if every else ((1, True), (16, False), (256, True)):
-        made = int4_few_gluon.product if rows <= 16 else int4_many_gluon.product
+    for rows, zeros in product((1, 64, 256), (True, False)) if every else ((1, True), (8, False), (256, True)):
+        made = int4_few_gluon.product if rows <= 8 else int4_many_gluon.product
         for n, k, gate in ((2 * INNER, HIDDEN, "silu"), (HIDDEN, INNER, None)):
             zero = rand(n, k // 128, dtype=torch.uint8) if zeros else None
             w = Int4Weight(rand(n, k // 2, dtype=torch.uint8), rand(n, k // 128, dtype=torch.float16), zero, 128)

@@ -30,7 +30,7 @@ def no_other(monkeypatch: pytest.MonkeyPatch) -> None:
 @in_gluon
 @pytest.mark.usefixtures("no_other")
 @pytest.mark.parametrize("dtype", SIXTEEN_BITS, ids=["bfloat16", "float16"])
-@pytest.mark.parametrize("rows", [1, 8, 11, 70, 200])
+@pytest.mark.parametrize("rows", [1, 8, 70, 200])
 @pytest.mark.parametrize(
     ("k", "group", "zeros", "gate"),
     [(384, 128, True, None), (1024, 256, False, "silu"), (3456, 128, True, "gelu_tanh"), (2048, 2048, True, None)],
@@ -52,7 +52,7 @@ def test_agrees(rand, assert_close, rows, k, group, zeros, gate) -> None:
 @pytest.mark.usefixtures("no_other")
 @pytest.mark.parametrize("dtype", SIXTEEN_BITS, ids=["bfloat16", "float16"])
 @pytest.mark.parametrize("gate", [None, "silu"])
-@pytest.mark.parametrize("rows", [1, 11, 80])
+@pytest.mark.parametrize("rows", [1, 7, 80])
 def test_a_norm_between_two_products_takes_no_launch(rand, assert_close, rows, gate) -> None:
     n, k, eps = 384, 256, 1e-3
     first, second = weight_of(rand, n, k, 128), weight_of(rand, 44, n, 128)

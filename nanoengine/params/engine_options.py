@@ -145,7 +145,7 @@ class EngineOptions:
     step_timeout: float = 60.0
     enforce_eager: bool = False
     graph_mixed_steps: bool = True
-    lazy_graphs: bool = True
+    lazy_graphs: bool = False
     reuse_profile: bool = True
     speculation: Mapping[str, Any] | None = None
     overlap: bool = True

@@ -467,10 +467,7 @@ def test_padding_of_captured_steps_goes_to_no_expert(
         monkeypatch.setattr(starter, "RealTokens", lambda *_: None)
     (tmp_path / "config.json").write_text(json.dumps(MOE))
     asked = [[1 + token % 60 for token in prompt] for prompt in ASKED[:5]]
-    options: dict[str, Any] = {
-        "max_num_seqs": 4, "max_num_batched_tokens": 36, "max_model_len": 40, "num_gpu_blocks_override": 64,
-        "lazy_graphs": False,  # what the captures note is forgotten below
-    }  # fmt: skip
+    options = {"max_num_seqs": 4, "max_num_batched_tokens": 36, "max_model_len": 40, "num_gpu_blocks_override": 64}
     with LLM(tmp_path, attention="triton", load_format="dummy", enable_prefix_caching=False, **options) as llm:
         llm.model.model.embed_tokens.weight.data[0] = float("nan")
         llm.model.lm_head.weight.data[0] = 0.0  # never the highest

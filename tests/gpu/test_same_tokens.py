@@ -34,7 +34,7 @@ MODES: dict[str, dict[str, Any]] = {
     "eager, torch operations": {"enforce_eager": True, "fuse_kernels": False, "overlap": False},
     "graphs": {},
     "graphs, in turn": {"overlap": False},
-    "graphs, all at the start": {"lazy_graphs": False},
+    "graphs, when they are wanted": {"lazy_graphs": True},
     "graphs, mixed steps eager": {"graph_mixed_steps": False},
     "graphs, torch operations": {"fuse_kernels": False},
 }
@@ -186,6 +186,6 @@ def test_mutants_are_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mut
 
     good = expected("churn")
     mutant(monkeypatch)
-    first, second, _, _ = run(tmp_path, "churn", lazy_graphs=False)
+    first, second, _, _ = run(tmp_path, "churn")
     assert (short(first), short(second)) == (short(good[0]), short(good[1]))
     assert first != good[0]

@@ -106,7 +106,8 @@ class Matcher(ABC):
                     failed[place] = None
                     continue
                 matcher.mask(row)
-                complete += [place] * matcher.is_accepting
+                if matcher.is_accepting:
+                    complete.append(place)
             except GrammarError as error:
                 failed[place] = error
         return Advanced(failed, complete)

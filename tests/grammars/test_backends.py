@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -326,6 +327,16 @@ def mutants() -> dict[str, tuple[type[Matcher], str]]:
             taken = super().consume(token_ids)
             return taken + (taken < len(token_ids))
 
+    class Stays(_Matcher):
+        @classmethod
+        def advance(cls, matchers: Any, token_ids: Any, out: Any) -> Any:
+            return super().advance(matchers, [None] * len(token_ids), out)
+
+    class TakesAll(_Matcher):
+        @classmethod
+        def advance(cls, matchers: Any, token_ids: Any, out: Any) -> Any:
+            return replace(super().advance(matchers, token_ids, out), failed={})
+
     return {
         "padded": (Padded, "no token|beyond the vocabulary"),
         "no rollback": (NoRollback, "rollback|changed the mask|but consume returned"),
@@ -334,6 +345,8 @@ def mutants() -> dict[str, tuple[type[Matcher], str]]:
         "never ends": (NeverEnds, "is_accepting"),
         "forces": (ForcesFirst, "another one may come next"),
         "stale": (Stale, "consume"),
+        "stays": (Stays, "advance"),
+        "takes all": (TakesAll, "advance"),
     }
 
 

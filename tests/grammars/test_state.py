@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from llguidance import LLExecutor
 
-from nanoengine.api import Constraint
+from nanoengine.api import Constraint, Matcher
 from nanoengine.api.errors import GrammarError, RequestError
 from nanoengine.api.grammars import Advanced
 from nanoengine.plugins.grammars import llguidance
@@ -174,6 +174,25 @@ def test_a_state_that_fails_among_others_fails_alone(monkeypatch: pytest.MonkeyP
     assert "token 2 of the output, id 98, is not allowed by the grammar" in str(failed[3])
     assert allowed(out[0]) == sorted([ord("b"), END_ID])
     assert allowed(out[4]) == [ord("a")]
+
+
+class _SaysByNumpy(llguidance._Matcher):
+    advance = classmethod(Matcher.advance.__func__)  # type: ignore[assignment]  # one by one
+
+    @property
+    def is_accepting(self) -> Any:
+        return np.bool_(super().is_accepting)
+
+
+def test_a_matcher_may_say_by_a_bool_of_numpy_that_the_output_is_complete() -> None:
+    """As one does that looks it up in an array."""
+    states = [state(Constraint(kind="regex", text="ab?")) for _ in range(4)]
+    for made in states:
+        made._matcher = _SaysByNumpy(made._matcher._matcher)  # type: ignore[attr-defined]
+    states[2].feed([ord("a"), END_ID])
+    out = np.zeros((4, VOCAB // 32), np.int32)
+    assert not GrammarState.columns_together(states, [[], [ord("a")], [], [ord("a"), END_ID]], {"allowed": out})
+    assert [allowed(row) for row in out] == [[ord("a")], [ord("b"), END_ID], [END_ID], [END_ID]]
 
 
 def test_the_end_follows_the_grammar() -> None:

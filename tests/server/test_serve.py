@@ -123,7 +123,7 @@ def test_a4_health_is_503_within_the_deadline_of_a_stopped_engine(server: Runnin
     pid = engine_of(server)
     os.kill(pid, signal.SIGSTOP)
     try:
-        for path in ("/health", "/ready"):  # another HTTP process may have heard of it a little later
+        for path in ("/health", "/ready"):  # another HTTP process may know it a little later
             until(lambda path=path: server.get(path) == 503, lambda: server.log)  # type: ignore[misc]
         assert server.get("/live") == 200
     finally:

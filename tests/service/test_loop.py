@@ -461,7 +461,7 @@ def test_a_client_whose_output_raises_loses_its_requests_alone(llm: LLM) -> None
 
 
 def test_the_end_of_a_request_is_no_reason_for_a_beat(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It would wake the processes of all clients; a beat is due when nothing was said for a while."""
+    """It would wake the processes of all clients; a beat is due each `BEAT_SECONDS`."""
     monkeypatch.setattr(loop, "BEAT_SECONDS", 600.0)
     beats = list[None]()
 

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from llguidance._lib import JsonCompileOptions
 
 _NO_TEXT = "NoExtensionBias"  # what llguidance calls a grammar that allows no text
+_REFUSED = ("doesn't satisfy the grammar", "; no error message")  # no token follows the end of the grammar
 _MOST_THREADS = 8
 _SECONDS_ALONE, _SECONDS_LEFT = 5e-4, 1e-3  # threads take so long to wake that they do the rest only behind the first
 _LOOK_EVERY = 4  # and if it were more than the second; most masks take some microseconds
@@ -244,7 +245,7 @@ def _failure(matcher: LLMatcher) -> GrammarError:
 def _error_of(matcher: LLMatcher) -> GrammarError | None:
     """Why it did not take a token; None: the grammar refuses it."""
     text = _first_part(matcher.get_error())
-    return None if not text or "doesn't satisfy the grammar" in text else GrammarError(f"llguidance: {text}")
+    return None if not text or any(each in text for each in _REFUSED) else GrammarError(f"llguidance: {text}")
 
 
 def _schema(constraint: Constraint) -> Any:

@@ -183,7 +183,8 @@ class GrammarState(HostState):
         ending = cls._advance(states, inside, tokens, masks, failed) if inside else []
         for i in outside:
             states[i]._mask_outside(masks[i])
-            ending += [i] * states[i]._ended
+            if states[i]._ended:
+                ending.append(i)
         for i, state in enumerate(states):
             state._next = masks, i
         for word, bit in states[0]._end_bits:

@@ -80,12 +80,13 @@ class _Trial:
 
     def accepts(self, ids: Sequence[int]) -> None:
         """Each token is in the mask of its position; at the end the output may end."""
-        matcher, other = self._grammar.matcher(), self._grammar.matcher()
+        matcher, other, together = (self._grammar.matcher() for _ in range(3))
         first = self._allowed(other)
         for count, token in enumerate(ids):
             allowed = self._check_position(matcher, probe=count in (0, len(ids) // 2, len(ids) - 1))
             require(bool(allowed[token]), f"token {count}, id {token}, is not in the mask")
             require(matcher.consume([token]) == 1, f"consume refused token {count}, id {token}, which is in the mask")
+            self._check_advance([other, together], [None, token], [other, matcher])
         require(matcher.is_accepting, "is_accepting is False at the end")
         self._check_position(matcher, probe=True)
         require(np.array_equal(self._allowed(other), first), "one matcher changed the mask of another one")
@@ -105,6 +106,7 @@ class _Trial:
             again.consume(ids[:count])
             same = np.array_equal(self._allowed(again), self._allowed(matcher))
             require(same, "consume that refuses a token changed the state")
+            self._check_advance([self._grammar.matcher(), again], [None, ids[count]], [self._grammar.matcher(), None])
 
     def _check_position(self, matcher: Matcher, *, probe: bool) -> npt.NDArray[np.bool_]:
         """The ids that the mask allows. `probe`: try each of them."""
@@ -119,6 +121,26 @@ class _Trial:
             require(np.array_equal(self._allowed(matcher), allowed), "consume and rollback changed the mask")
         self._check_forced(matcher, allowed)
         return allowed
+
+    def _check_advance(
+        self, matchers: Sequence[Matcher], token_ids: Sequence[int | None], want: Sequence[Matcher | None]
+    ) -> None:
+        """`want`: matchers that are where these will be; None for one that refuses its token."""
+        rows = np.full((len(matchers), self._ctx.mask_width), 0x55555555, np.int32)
+        advanced, refused = type(matchers[0]).advance(matchers, token_ids, rows), [each is None for each in want]
+        failed = [advanced.failed.get(place, "") is None for place in range(len(matchers))]
+        require(
+            failed == refused and len(advanced.failed) == sum(refused),
+            f"advance() by {token_ids}: failed is {advanced.failed}; matchers that refuse their tokens: {refused}",
+        )
+        for place, (row, other) in enumerate(zip(rows, want, strict=True)):
+            if other is None:
+                continue
+            words = np.empty_like(row)
+            other.mask(words)
+            require(np.array_equal(row, words), f"advance() by {token_ids}: mask {place} differs from consume and mask")
+            complete = place in advanced.complete
+            require(complete == other.is_accepting, f"advance() by {token_ids}: complete differs from is_accepting")
 
     def _check_forced(self, matcher: Matcher, allowed: npt.NDArray[np.bool_]) -> None:
         forced = matcher.forced(_MOST_FORCED, self._ctx.mask_width)
@@ -136,10 +158,8 @@ class _Trial:
         """bool [vocab_size]: the ids that may come next."""
         words = np.full(self._ctx.mask_width, 0x55555555, np.int32)
         matcher.mask(words)
-        both = np.full((2, self._ctx.mask_width), 0x55555555, np.int32)
-        advanced = type(matcher).advance([matcher, self._grammar.matcher()], [None, None], both)
-        require(not advanced.failed and np.array_equal(both[0], words), "advance() of two matchers differs from mask()")
-        require((0 in advanced.complete) == matcher.is_accepting, "advance() of two matchers differs from is_accepting")
+        both = [matcher, self._grammar.matcher()]
+        self._check_advance(both, [None, None], both)
         bits = np.unpackbits(words.view(np.uint8), bitorder="little").astype(bool)
         require(not bits[self._ctx.vocab_size :].any(), "the mask has bits beyond the vocabulary")
         found: npt.NDArray[np.bool_] = bits[: self._ctx.vocab_size] & self._texts

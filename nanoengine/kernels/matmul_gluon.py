@@ -192,7 +192,8 @@ def matmul(
     if tile.splits > 1:
         assert tickets is not None
         assert given.squares is None and not silu and given.grid[0] <= len(tickets), tile
-        part = torch.empty(given.grid[0] * tile.splits * tile.block_m * tile.block_n, device=part.device)
+        size = given.grid[0] * tile.splits * tile.block_m * tile.block_n
+        part = torch.empty(size, dtype=torch.float32, device=part.device)
     _matmul_kernel[(tile.splits, *given.grid)](
         _described(given.source, tile.block_m, tile.block_k),
         _described(weight, tile.block_n, tile.block_k),

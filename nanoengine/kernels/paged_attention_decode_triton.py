@@ -515,7 +515,8 @@ def attend_decode(
         return
     group = heads // kv_heads
     if new is None:
-        q = rows_of(q)
+        q, given = rows_of(q), q
+        beside = beside and q is given  # else the launch in front is that of a copy, which is read here
     else:
         assert q.stride(1) == 1 and q.shape[1] == (heads + 2 * kv_heads) * width, (q.shape, q.stride())
     assert new is None or scales is None

@@ -140,6 +140,8 @@ class TritonPaged(AttentionBackend):
         total, queries = len(inputs.seq_lens), inputs.decode_query_len
         rows = inputs.num_decode_rows if queries == 1 or spec.causal else 0
         prefills = rows < total or len(q) > total * queries
+        if rows:  # what it sets to zero must not stand between the two launches that run beside each other
+            self._planner(spec.num_heads)
         if prefills:
             self._kernels.attend_prefill(
                 q, k_cache, v_cache, out, inputs.block_tables[rows:], inputs.seq_lens[rows:],

@@ -15,7 +15,7 @@ import numpy as np
 from nanoengine.api import Policy, PolicyParams
 from nanoengine.api.errors import RequestError
 from nanoengine.api.specs import ColumnSpec, HostState, ProcessorParams
-from nanoengine.core.host_states import supplied_columns
+from nanoengine.core.host_states import LastAsked, supplied_columns
 from nanoengine.core.request import Request, Status
 from nanoengine.core.scheduling import scheduler as scheduler_module
 from nanoengine.core.scheduling.block_manager import BlockManager, Pool
@@ -194,6 +194,7 @@ class Loop:
         self.prompt_positions: dict[Request, list[int]] = {}
         self.idle = 0
         self.unsupplied: ScheduledStep | None = None
+        self.asked = LastAsked()
 
     def request(self, prompt: Sequence[int], *, max_tokens: int = 8, **kwargs: Any) -> Request:
         names = set(ResolvedParams.__slots__)
@@ -248,7 +249,7 @@ class Loop:
         if step is None or step is not self.in_flight[0]:
             return
         self.unsupplied = None
-        columns, failed = supplied_columns(step, VOCAB, self.scheduler.config.most_forced)
+        columns, failed = supplied_columns(step, VOCAB, self.scheduler.config.most_forced, last=self.asked)
         message = decode(SuppliedColumns, encode(SuppliedColumns(tuple(columns))))
         self.runner.supply(message.columns)
         for update in failed:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from sched_harness import BreakingLoop, random_ops, run_ops
 
+from nanoengine.core import host_states
 from nanoengine.core.request import Status
 from nanoengine.core.scheduling import commit, draft
 from nanoengine.core.scheduling.block_manager import BlockManager, Pool, Run
@@ -239,6 +240,16 @@ def states_fed_twice(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(BoundState, "feed", broken)
 
 
+def states_of_other_rows_are_asked(patch: pytest.MonkeyPatch) -> None:
+    """As many rows as in the last late step are taken for the same ones."""
+    asked = host_states._asked
+
+    def broken(step, last):
+        return last.groups if last.rows and len(last.rows) == len(step.rows) else asked(step, last)
+
+    patch.setattr(host_states, "_asked", broken)
+
+
 def block_sent_to_the_wrong_place(patch: pytest.MonkeyPatch) -> None:
     appends = draft._block_appends
 
@@ -389,6 +400,7 @@ MUTANTS: list[Patch] = [
     cached_for_ever,
     columns_of_the_draw_before,
     states_fed_twice,
+    states_of_other_rows_are_asked,
     block_sent_to_the_wrong_place,
     ends_one_early,
     length_counts_known_tokens_only,

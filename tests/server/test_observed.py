@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from nanoengine.api.errors import ConfigError, RequestError
 from nanoengine.observe.logs import JsonLines
 from nanoengine.server.auth import VARIABLE, configured_keys
 from nanoengine.server.config import ServerConfig, TraceOptions
-from nanoengine.server.record import Observer
+from nanoengine.server.record import Observer, Record
 from nanoengine.server.traces import DECODE, PREFILL, QUEUED, Traces
 from nanoengine.service.client import ServiceStats
 from nanoengine.service.metrics import Metrics
@@ -122,6 +123,24 @@ def test_a36_every_answer_is_counted_once_by_route_and_status() -> None:
     assert total(counted, "nanoengine_requests_total") == len(found)
     assert total(counted, "nanoengine_requests_total", endpoint="/v1/completions", status="200") == 1
     assert total(counted, "nanoengine_samples_total") == 2
+
+
+def test_what_is_observed_a_little_later_is_not_lost_when_the_process_ends(lines: list[dict[str, Any]]) -> None:
+    """The server cancels what is open then."""
+    server = Server()
+
+    async def main() -> None:
+        observer = Observer(server.engine)
+        task = asyncio.create_task(observer.ended(Record(method="GET", path="/nope", status=404)))
+        await asyncio.sleep(0)
+        assert lines == [], "it was not later"
+        task.cancel()
+        await asyncio.wait([task])
+        assert task.cancelled()
+
+    asyncio.run(main())
+    assert [line["message"] for line in lines] == ["GET /nope 404"]
+    assert [usage.status for usage in server.engine.usages] == [404]
 
 
 # -- spans ------------------------------------------------------------------------------------------------------------

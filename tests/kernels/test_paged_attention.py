@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import random
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from nanoengine.kernels import paged_attention as reference
 
 pytest.importorskip("triton")
 
+from nanoengine.kernels import paged_attention_decode_triton
 from nanoengine.kernels import paged_attention_several_triton as several
 from nanoengine.kernels import paged_attention_triton as kernels
 from nanoengine.kernels.paged_attention_triton import (
@@ -477,3 +479,22 @@ def test_steps_of_any_number_of_rows_need_no_kernel_but_those_of_the_graphs(
         run(rows)
     assert seen == captured
     assert len(least) > 5
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_decode_that_reads_a_copy_of_q_waits_for_it(copied: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside the launch in front runs what reads nothing of it."""
+    seen = list[bool]()
+
+    class Launches:
+        def __getitem__(self, grid: object) -> Callable[..., None]:
+            return lambda *_, BESIDE, **__: seen.append(BESIDE)  # noqa: N803
+
+    monkeypatch.setattr(paged_attention_decode_triton, "_decode", Launches())
+    cache, numbers = torch.zeros(2, 2, 16, 32), torch.ones(3, 1, dtype=torch.int32)
+    q = torch.zeros(3, 4, 40)[:, :, :32] if copied else torch.zeros(3, 4, 32)
+    config, scratch = DecodeConfig(16, 1, 1, 4, 2), DecodeScratch.make(6, 6, 2, 32, q.device)
+    around = {"scale": 1.0, "window": None, "soft_cap": None, "config": config, "scratch": scratch}
+    out = torch.zeros(3, 4, 32)
+    kernels.attend_decode(q, cache, cache, out, numbers, numbers[:, 0], beside=True, **around)
+    assert seen == [not copied]

@@ -29,7 +29,7 @@ from nanoengine.layers.config_keys import Recorded, unread_keys
 from nanoengine.plugins.model_sources.gguf_convert import convert
 from nanoengine.plugins.quantizations import gguf as plugin
 from nanoengine.plugins.quantizations.gguf import Gguf, GgufMethod
-from nanoengine.plugins.quantizations.gguf_stores import Blocks
+from nanoengine.plugins.quantizations.gguf_stores import Blocks, has_products
 from nanoengine.setup.start.gguf_blocks import GGUF
 from nanoengine.setup.start.quantization import quantised_by
 
@@ -316,6 +316,14 @@ def test_tensors_that_are_no_such_blocks_are_named(
 
 
 # The other stores
+
+
+@pytest.mark.parametrize(("capability", "runs"), [((7, 5), False), ((8, 0), True), ((9, 0), True)])
+def test_older_gpus_do_not_get_the_assembly(
+    capability: tuple[int, int], runs: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    assert has_products(torch.device("cuda", 0)) is runs
 
 
 @pytest.mark.skipif(not INSTALLED, reason="Triton is not installed")

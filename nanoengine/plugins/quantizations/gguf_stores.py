@@ -119,8 +119,15 @@ def store_for(layer: WeightLayer, blocks: Tensor, kind: str, dtype: torch.dtype,
 
     if layer.ops.name == "triton":  # tensor cores round float32
         exact = dtype != torch.float32 or not blocks.is_cuda
-        whole = layer.ops.prepares_norms and exact and gguf_fragments.fits(blocks, kind)
-        return Fragments(ahead) if whole else Planes()
+        whole = exact and has_products(blocks.device) and gguf_fragments.fits(blocks, kind)
+        return Fragments(ahead) if whole and layer.ops.prepares_norms else Planes()
     if isinstance(layer.ops, CpuOps):
         return Tiles(layer.ops.library)
     return None if blocks.device.type == "cpu" else Blocks()
+
+
+def has_products(device: torch.device) -> bool:
+    """Whether the assembly of `gguf_fragments_triton` runs there: NVIDIA GPUs of compute capability 8.0 and later."""
+    if device.type != "cuda":  # the interpreter
+        return True
+    return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)

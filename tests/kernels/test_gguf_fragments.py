@@ -1,24 +1,35 @@
 """GGUF blocks as operands of tensor cores against plain torch: every type, one token and several, rows of them. The
-interpreter cannot run the assembly: it is read here."""
+interpreter cannot run the assembly: it is emulated, and read, here."""
 
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import pytest
 import torch
 from gguf_blocks import KINDS, random_blocks
 
 pytest.importorskip("triton")
-from nanoengine.kernels import gguf
+import triton.language as tl
+from emulated_mma import inline_asm_elementwise
+
+from nanoengine.kernels import gguf, gguf_fragments_triton
 from nanoengine.kernels.activation import act_and_mul
 from nanoengine.kernels.gguf_fragment_parts_triton import assembly
 from nanoengine.kernels.gguf_fragments import FRAGMENTS, fits, fragments
 from nanoengine.kernels.gguf_fragments_decode_triton import rows as decoded
 from nanoengine.kernels.gguf_fragments_triton import few
 from nanoengine.kernels.matmul import Scaled
+from nanoengine.kernels.split_k_triton import SplitProduct
 
 EPS = 1e-6
+
+
+class WithAssembly(SplitProduct):
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.constants["ASM"] = True
 
 
 def blocks_of(kind: str, rows: int, width: int, device: torch.device) -> torch.Tensor:
@@ -40,6 +51,28 @@ def test_products_agree(rand, assert_close, device, kind, rows) -> None:
     blocks, x, bias = blocks_of(kind, 32, width, device), rand(rows, width), rand(32)
     expected = gguf.gguf_linear(x.float(), blocks, kind, bias.float())
     assert_close(few(x, fragments(blocks, kind), kind, bias, warps=2)[0], expected)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the test above runs the assembly")
+@pytest.mark.parametrize(("rows", "dtype"), [(1, torch.float16), (9, torch.float16), (9, torch.bfloat16)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_products_of_the_assembly_agree(kind, rows, dtype, monkeypatch) -> None:
+    """Emulated: codes stand on a base, which scales and sums of x take off again. Triton's interpreter truncates
+    bfloat16."""
+    ran = list[str]()
+
+    def emulated(asm: Any, *given: Any, **options: Any) -> Any:
+        ran.append(asm)
+        return inline_asm_elementwise(asm, *given, **options)
+
+    monkeypatch.setattr(tl, "inline_asm_elementwise", emulated)
+    monkeypatch.setattr(gguf_fragments_triton, "SplitProduct", WithAssembly)
+    blocks = blocks_of(kind, 32, 256, torch.device("cpu"))
+    x = torch.randn(rows, 256, generator=torch.Generator().manual_seed(1)).to(dtype)
+    expected = gguf.gguf_linear(x.float(), blocks, kind)
+    error = (few(x, fragments(blocks, kind), kind, warps=1)[0].float() - expected).norm() / expected.norm()
+    assert error < torch.finfo(dtype).eps
+    assert {getattr(asm, "value", asm) for asm in ran} == set(assembly(kind, dtype))
 
 
 @pytest.mark.parametrize("rows", [0, 1, 3])

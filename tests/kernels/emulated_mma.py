@@ -1,0 +1,72 @@
+"""`tl.inline_asm_elementwise` in Triton's interpreter, for the instructions of `gguf_fragment_parts_triton`."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import numpy as np
+import triton.language as tl
+from triton.runtime.interpreter import TensorHandle
+
+
+def inline_asm_elementwise(asm: Any, constraints: str, args: list[Any], dtype: tuple[Any, ...], **_: Any) -> Any:
+    """Words are uint32, sums float32, one of each a thread: lane = place % 32."""
+    first = constraints.count("=")
+    values = {f"${first + i}": _register(arg.handle.data) for i, arg in enumerate(args)}
+    size = len(values[f"${first}"])
+    for line in re.split(r";\s*", getattr(asm, "value", asm).strip("{}")):
+        name, *operands = re.findall(r"[\w.$]+", line) or [".reg"]
+        if name == ".reg":
+            continue
+        to, given = operands[0], [_operand(values, each, size) for each in operands[1:]]
+        if name.startswith("mma.sync.aligned.m16n8k16.row.col.f32"):
+            given = [_operand(values, each, size) for each in operands]
+            values |= zip(operands[:4], _product(given, name.split(".")[7]), strict=True)
+        elif name == "lop3.b32":
+            assert operands[4] in ("0xEA", "0x6A")
+            cut = given[0] & given[1]
+            values[to] = cut | given[2] if operands[4] == "0xEA" else cut ^ given[2]
+        else:
+            values[to] = {
+                "shr.u32": lambda a, by: a >> by, "shl.b32": lambda a, by: a << by,
+                "mov.b32": lambda a: a, "mov.f32": lambda a: a,
+            }[name](*given)  # fmt: skip
+    made = [tl.tensor(TensorHandle(values[f"${i}"], kind), tl.block_type(kind, [size])) for i, kind in enumerate(dtype)]
+    return tuple(made)
+
+
+def _register(data: Any) -> Any:
+    return data.astype(np.float32) if data.dtype.kind == "f" else data.astype(np.int32).view(np.uint32)
+
+
+def _operand(values: dict[str, Any], name: str, size: int) -> Any:
+    """A register, or a number; zeros for registers that are not written yet."""
+    if name.startswith("0f"):
+        return np.full(size, int(name[2:], 16), np.uint32).view(np.float32)
+    if name in values or not name[0].isdigit():
+        return values.get(name, np.zeros(size, np.float32))
+    return np.full(size, int(name, 0), np.uint32)
+
+
+def _product(operands: list[Any], kind: str) -> list[Any]:
+    """d, a, b, c in the registers of a warp's threads, as PTX says for mma.m16n8k16 -> d."""
+    warps = len(operands[0]) // 32
+    a, b = np.zeros((warps, 16, 16)), np.zeros((warps, 16, 8))
+    for i, register in enumerate(operands[4:8]):
+        row, k = i % 2 * 8, i // 2 * 8
+        a[:, row : row + 8, k : k + 8] = _two(register, kind).reshape(warps, 8, 8)
+    for i, register in enumerate(operands[8:10]):
+        b[:, 8 * i : 8 * i + 8] = _two(register, kind).reshape(warps, 8, 8).transpose(0, 2, 1)
+    made = (a @ b).reshape(warps, 2, 8, 4, 2)
+    return [
+        (made[:, i // 2, ..., i % 2].reshape(-1) + register).astype(np.float32)
+        for i, register in enumerate(operands[10:14])
+    ]
+
+
+def _two(words: Any, kind: str) -> Any:
+    halves = np.stack([words & 0xFFFF, words >> 16], -1)
+    if kind == "bf16":
+        return (halves << 16).astype(np.uint32).view(np.float32)
+    return halves.astype(np.uint16).view(np.float16).astype(np.float32)

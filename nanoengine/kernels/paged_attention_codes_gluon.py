@@ -217,7 +217,8 @@ def _decode_codes_kernel(
     head = gl.arange(0, N, layout=gl.SliceLayout(1, _QUERIES))[:, None]
     d = gl.arange(0, _D, layout=gl.SliceLayout(0, _QUERIES))[None, :]
     own = q + row * q_stride + kv_head * (GROUP * _D) + head * _D + d
-    rows = gl.load(own, mask=(head < GROUP) & (d >= 0), other=0.0).to(gl.float32)
+    # .cg: beside prefill there was no wait, and where q lies an input of the product in front of it may have been
+    rows = gl.load(own, mask=(head < GROUP) & (d >= 0), other=0.0, cache_modifier=".cg").to(gl.float32)
     parts, unit = _as_codes(rows, CODE, PARTS)
     for i in gl.static_range(PARTS):
         query.index(i).store(parts[i])

@@ -393,7 +393,8 @@ def _decode(
         acc = _repeat(new_value.to(tl.float32), GROUP_P2, GROUP_PAD, D_PAD)  # 0 in programs without the newest key
     else:
         own = row * q_stride + kv_head * (GROUP * D) + g[:, None] * D + d[None, :]
-        query = tl.load(q + own, mask=rows_live, other=0.0)
+        # .cg: beside prefill there was no wait, and where q lies an input of the product in front of it may have been
+        query = tl.load(q + own, mask=rows_live, other=0.0, cache_modifier=".cg")
     halves: tl.constexpr = SCALED and q.dtype.element_ty != tl.float32
     if halves:
         even, odd = tl.zeros([GROUP_PAD, D_PAD // 2], tl.float32), tl.zeros([GROUP_PAD, D_PAD // 2], tl.float32)

@@ -161,7 +161,7 @@ def caches(every: bool) -> Iterator[Launch]:
         one, several = decode_config(rows, *shape), several_config(rows, 4, group, *shape)
         yield (
             f"{name} decode",
-            partial(attention.attend_decode, *read, config=one, scratch=scratch, **given),
+            partial(attention.attend_decode, *read, config=one, scratch=scratch, beside=rows > 1, **given),
         )
         assert by_gluon.takes(q, cache)
         launch = partial(by_gluon.attend_codes, q, cache, cache, scales, *read[3:], scale=0.1, scratch=scratch)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import pytest
@@ -11,7 +12,9 @@ import torch
 pytest.importorskip("triton")
 from test_int4_kernels import expected_of, weight_of
 
+from nanoengine import kernels
 from nanoengine.kernels import int4_launch, int4_triton
+from nanoengine.kernels.int4 import Int4Weight
 from nanoengine.kernels.matmul import Scaled
 from nanoengine.kernels.matmul_launch import has_gluon
 
@@ -93,3 +96,18 @@ def test_what_gluon_does_not_take_is_made_in_triton(rand, assert_close, monkeypa
     monkeypatch.setattr(int4_launch, "GLUON_ROWS", 0)
     assert_close(int4_launch.int4_linear(x[:3], weight), wanted[:3])
     assert len(made) == 2
+
+
+def test_another_gluon_costs_speed_only_and_is_logged(monkeypatch, caplog) -> None:
+    monkeypatch.setattr(int4_launch, "has_gluon", lambda _: True)
+    monkeypatch.setitem(sys.modules, "nanoengine.kernels.int4_many_gluon", None)
+    monkeypatch.delattr(kernels, "int4_many_gluon", raising=False)
+    int4_launch._imported.cache_clear()
+    try:
+        codes, scales = torch.zeros(16, 64, dtype=torch.uint8), torch.ones(16, 1, dtype=torch.float16)
+        weight = Int4Weight(codes, scales, None, 128)
+        assert not int4_launch._in_gluon(weight, torch.bfloat16)
+        assert not int4_launch._in_gluon(weight, torch.bfloat16)
+    finally:
+        int4_launch._imported.cache_clear()
+    assert caplog.text.count("another Gluon") == 1

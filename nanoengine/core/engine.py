@@ -219,8 +219,9 @@ class Engine:
         if not updates:
             return
         report = Report.of(updates, self._requests.known)
-        if self._watch is not None:
-            for request, reason in report.ended:
+        for request, reason in report.ended:
+            self._asked = LastAsked()  # the states of a request go with it
+            if self._watch is not None:
                 self._watch.ended(request, reason)
         self._requests.publish(report.deltas)
         for request_id, error in report.failed.items():

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 import triton
 from torch import Tensor
 from triton.experimental import gluon
@@ -26,9 +25,8 @@ from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from nanoengine.kernels.activation import Activation
 from nanoengine.kernels.int4 import Int4Weight
 from nanoengine.kernels.int4_parts_gluon import do, finish_tile, weight_rows
+from nanoengine.kernels.int4_product import Int4Product
 from nanoengine.kernels.matmul import Scaled
-from nanoengine.kernels.matvec_parts_triton import result
-from nanoengine.kernels.split_k_triton import SplitProduct
 
 _STEP = 128  # inputs whose codes a thread's sixteen bytes are a quarter of, for a row; a group is a multiple of it
 
@@ -248,22 +246,17 @@ def product(
 ) -> tuple[Tensor, Scaled | None]:
     """As `int4_triton.product`."""
     values = x.values if isinstance(x, Scaled) else x
-    rows, k = values.shape
-    n = weight.shape[0]
-    assert k == weight.shape[1] and values.stride(1) == 1, (values.shape, values.stride(), weight.shape)
-    y = result(values, n // 2 if gate else n, out)
+    n, k = weight.shape
     tile = tile or tile_for(n, k)
     steps = triton.cdiv(k // _STEP, tile.warps)
-    launch = SplitProduct(
-        x, y, bias, eps=eps, gate=gate, add=add, next_norm=next_norm, tickets=None,
-        block_n=8 if gate else 16, block_t=8, splits=1,
+    launch = Int4Product(
+        x, weight, bias, eps=eps, gate=gate, add=add, next_norm=next_norm, out=out,
+        block_n=8 if gate else 16, block_t=8,
     )  # fmt: skip
-    if rows:
-        zeros = weight.scales if weight.zeros is None else weight.zeros
+    if len(values):
         _few_kernel[launch.grid](
-            values, weight.codes.view(torch.int16), weight.scales, zeros, *launch.arguments,
-            GROUP=weight.group, WARPS=tile.warps, STEPS=steps, CHUNK=min(8, steps & -steps),
-            AHEAD=min(tile.ahead, steps), SHORT=tile.short, HAS_ZEROS=weight.zeros is not None,
-            num_warps=tile.warps, maxnreg=tile.registers or None, **launch.constants,
+            values, *launch.arguments, WARPS=tile.warps, STEPS=steps, CHUNK=min(8, steps & -steps),
+            AHEAD=min(tile.ahead, steps), SHORT=tile.short, num_warps=tile.warps, maxnreg=tile.registers or None,
+            **launch.constants,
         )  # fmt: skip
-    return y, launch.scaled
+    return launch.y, launch.scaled

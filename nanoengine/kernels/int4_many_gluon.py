@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 import triton
 from torch import Tensor
 from triton.experimental import gluon
@@ -32,10 +31,9 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from nanoengine.kernels.activation import Activation
 from nanoengine.kernels.int4 import Int4Weight
 from nanoengine.kernels.int4_parts_gluon import do, finish_tile, weight_rows
+from nanoengine.kernels.int4_product import Int4Product
 from nanoengine.kernels.matmul import Scaled
 from nanoengine.kernels.matmul_gluon import shared_layout
-from nanoengine.kernels.matvec_parts_triton import result
-from nanoengine.kernels.split_k_triton import SplitProduct
 
 _STEP = 128  # inputs that are multiplied at once; a group is a multiple of it
 
@@ -247,20 +245,15 @@ def product(
     """As `int4_triton.product`."""
     values = x.values if isinstance(x, Scaled) else x
     rows, k = values.shape
-    assert k == weight.shape[1] and values.stride(1) == 1, (values.shape, values.stride(), weight.shape)
-    y = result(values, weight.shape[0] // 2 if gate else weight.shape[0], out)
     tile = tile or tile_for(rows, weight.shape[0])
-    launch = SplitProduct(
-        x, y, bias, eps=eps, gate=gate, add=add, next_norm=next_norm, tickets=None,
-        block_n=tile.warps * (8 if gate else 16), block_t=tile.block_t, splits=1,
+    launch = Int4Product(
+        x, weight, bias, eps=eps, gate=gate, add=add, next_norm=next_norm, out=out,
+        block_n=tile.warps * (8 if gate else 16), block_t=tile.block_t,
     )  # fmt: skip
     if rows:
-        zeros = weight.scales if weight.zeros is None else weight.zeros
         lies = shared_layout(tile.block_t, _STEP, values.dtype)
         _many_kernel[launch.grid](
-            TensorDescriptor.from_tensor(values, [tile.block_t, _STEP], lies),
-            weight.codes.view(torch.int16), weight.scales, zeros, *launch.arguments,
-            GROUP=weight.group, WARPS=tile.warps, STAGES=min(tile.stages, k // _STEP),
-            HAS_ZEROS=weight.zeros is not None, num_warps=tile.warps, **launch.constants,
+            TensorDescriptor.from_tensor(values, [tile.block_t, _STEP], lies), *launch.arguments,
+            WARPS=tile.warps, STAGES=min(tile.stages, k // _STEP), num_warps=tile.warps, **launch.constants,
         )  # fmt: skip
-    return y, launch.scaled
+    return launch.y, launch.scaled

@@ -22,10 +22,11 @@ from torch import Tensor
 from nanoengine.kernels.activation import Activation
 from nanoengine.kernels.activation_triton import act_and_mul
 from nanoengine.kernels.int4 import Int4Weight
+from nanoengine.kernels.int4_product import Int4Product
 from nanoengine.kernels.matmul import Scaled
-from nanoengine.kernels.matvec_parts_triton import pick_rows, prefetch_rows, result
+from nanoengine.kernels.matvec_parts_triton import pick_rows, prefetch_rows
 from nanoengine.kernels.pdl_triton import pdl_options, release_dependents, wait_for_inputs
-from nanoengine.kernels.split_k_triton import SplitProduct, finish_tile, join_parts, leave_part
+from nanoengine.kernels.split_k_triton import finish_tile, join_parts, leave_part
 
 MAX_ROWS = 64
 """More rows multiply a dequantised copy, which is faster (one H200, 2026-11-29)."""
@@ -312,22 +313,18 @@ def product(
     values = x.values if isinstance(x, Scaled) else x
     rows, k = values.shape
     outputs = weight.shape[0] // 2 if gate else weight.shape[0]
-    assert k == weight.shape[1] and values.stride(1) == 1, (values.shape, values.stride(), weight.shape)
-    y = result(values, outputs, out)
     tile = tile or tile_for(rows, outputs, k, gated=gate is not None, itemsize=values.element_size())
     block_t = min(tile.block_t, max(8, triton.next_power_of_2(rows)))
     block_k = min(128, weight.group & -weight.group)
     span = triton.cdiv(triton.cdiv(k, tile.splits), block_k) * block_k
-    launch = SplitProduct(
-        x, y, bias, eps=eps, gate=gate, add=add, next_norm=next_norm, tickets=tickets,
+    launch = Int4Product(
+        x, weight, bias, eps=eps, gate=gate, add=add, next_norm=next_norm, out=out, tickets=tickets,
         block_n=tile.block_n, block_t=block_t, splits=tile.splits,
     )  # fmt: skip
     if rows:
-        zeros = weight.scales if weight.zeros is None else weight.zeros
         _int4_kernel[launch.grid](
-            values, weight.codes.view(torch.int16), weight.scales, zeros, *launch.arguments,
-            GROUP=weight.group, BLOCK_K=block_k, SPAN=span,
+            values, *launch.arguments, BLOCK_K=block_k, SPAN=span,
             AHEAD=max(64, min(_AHEAD, triton.next_power_of_2(span // 4))), STAGES=tile.stages,
-            HAS_ZEROS=weight.zeros is not None, num_warps=tile.warps, **launch.constants,
+            num_warps=tile.warps, **launch.constants,
         )  # fmt: skip
-    return y, launch.scaled
+    return launch.y, launch.scaled

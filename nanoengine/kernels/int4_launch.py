@@ -3,8 +3,6 @@ were measured; else that in Triton."""
 
 from __future__ import annotations
 
-import functools
-import logging
 from typing import Any
 
 import torch
@@ -12,15 +10,15 @@ from torch import Tensor
 
 from nanoengine.kernels import int4_triton
 from nanoengine.kernels.activation import Activation
+from nanoengine.kernels.gluon import runs_gluon
 from nanoengine.kernels.int4 import Int4Weight
 from nanoengine.kernels.matmul import Scaled
-from nanoengine.kernels.matmul_launch import has_gluon
 
 GLUON_ROWS = 512
 """More rows are products of `int4_triton`; 0: all are, to compare the two."""
 _FEW, _MANY = 8, 33  # rows in between were not measured in Gluon, or use more registers than threads have
 _NARROW = 4096  # so few rows of a weight are as fast in Triton with up to 64 tokens
-_log = logging.getLogger(__name__)
+_SLOWER = "weights of four bits run on slower kernels"
 _STEP = 128  # a group that is no multiple of it is a product of `int4_triton`
 
 
@@ -62,17 +60,8 @@ def product(
 
 
 def _in_gluon(weight: Int4Weight, dtype: torch.dtype) -> bool:
-    return weight.group % _STEP == 0 and dtype.itemsize == 2 and has_gluon(weight.codes.device) and _imported()
-
-
-@functools.cache
-def _imported() -> bool:
-    try:
-        from nanoengine.kernels import int4_few_gluon, int4_many_gluon  # noqa: F401
-    except Exception as error:  # noqa: BLE001 - Gluon is experimental: another version may lack what is imported
-        _log.warning("weights of four bits run on slower kernels, since this Triton has another Gluon: %s", error)
-        return False
-    return True
+    fits = weight.group % _STEP == 0 and dtype.itemsize == 2
+    return fits and runs_gluon(weight.codes.device, _SLOWER, "int4_few_gluon", "int4_many_gluon")
 
 
 def _product_in_gluon(

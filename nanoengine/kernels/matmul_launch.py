@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import logging
 from typing import Any
 
 import torch
@@ -11,10 +10,10 @@ from torch import Tensor
 
 from nanoengine.kernels import matmul_triton
 from nanoengine.kernels.activation import Activation
+from nanoengine.kernels.gluon import is_hopper, runs_gluon
 from nanoengine.kernels.matmul import MOST_SPLITS, MatmulTile, Scaled, matmul_tile
 
 _MOST_TILES = 256  # that wait for each other
-_log = logging.getLogger(__name__)
 
 
 class Products:
@@ -29,7 +28,7 @@ class Products:
             self._tickets = torch.zeros(MOST_SPLITS + 1, _MOST_TILES, dtype=torch.int32, device=x.device)
         if bias is not None or x.dim() != 2 or _tile(x, weight, gate) is None:
             return False
-        return _runs(x.device) and matmul_triton.takes(x, weight)
+        return (not x.is_cuda or is_hopper(x.device)) and matmul_triton.takes(x, weight)
 
     def __call__(
         self, x: Tensor | Scaled, weight: Tensor, *, gate: Activation | None = None, **around: Any
@@ -54,29 +53,10 @@ def _tile(x: Tensor, weight: Tensor, gate: Activation | None, *, normed: bool = 
     )  # fmt: skip
     if tile is None or not tile.gluon:
         return tile
-    return tile if gate in (None, "silu") and has_gluon(x.device) else None
-
-
-@functools.cache
-def _runs(device: torch.device) -> bool:
-    if device.type != "cuda":  # the interpreter
-        return True
-    return torch.version.hip is None and torch.cuda.get_device_capability(device) == (9, 0)
+    fits = gate in (None, "silu") and runs_gluon(x.device, "some products run on slower kernels", "matmul_gluon")
+    return tile if fits else None
 
 
 @functools.cache
 def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 0
-
-
-@functools.cache
-def has_gluon(device: torch.device) -> bool:
-    """Whether kernels in Gluon run there; logged once where only its version is in the way."""
-    if device.type != "cuda" or not _runs(device):
-        return False
-    try:
-        from nanoengine.kernels import matmul_gluon  # noqa: F401
-    except Exception as error:  # noqa: BLE001 - Gluon is experimental: another version may lack what is imported
-        _log.warning("some products run on slower kernels, since this Triton has another Gluon: %s", error)
-        return False
-    return True

@@ -14,21 +14,17 @@ and takes a ticket; the last to come adds the parts up, in split order, so the r
 # compiled, and Triton knows no starred tuple
 from __future__ import annotations
 
-import functools
-import logging
-from types import ModuleType
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from nanoengine.kernels.gluon import runs_gluon
 from nanoengine.kernels.kv_quant import LARGEST, kv_dtype_of
 from nanoengine.kernels.paged_attention_plan import DecodeConfig, DecodeScratch, NewTokens, padded_head
 from nanoengine.kernels.pdl_triton import pdl_options, release_dependents, wait_for_inputs
 from nanoengine.kernels.split_k_triton import come
 
-_log = logging.getLogger(__name__)
 Scales = tuple[Tensor, Tensor]
 LOG2E = tl.constexpr(1.4426950408889634)
 _AT_ONCE = tl.constexpr(8)  # parts whose loads are in flight together
@@ -522,13 +518,16 @@ def attend_decode(
         assert q.stride(1) == 1 and q.shape[1] == (heads + 2 * kv_heads) * width, (q.shape, q.stride())
     assert new is None or scales is None
     if scales is not None and window is None and soft_cap is None and sinks is None:
-        by_gluon = codes_by_gluon(q.device)
-        if by_gluon is not None and by_gluon.takes(q, k_cache):
-            by_gluon.attend_codes(
-                q, k_cache, v_cache, scales, out, block_tables, seq_lens, scale=scale, config=config, scratch=scratch,
-                beside=beside,
-            )  # fmt: skip
-            return
+        slower = "K and V in eight bits are read by a slower kernel"
+        if runs_gluon(q.device, slower, "paged_attention_codes_gluon"):
+            from nanoengine.kernels import paged_attention_codes_gluon as by_gluon
+
+            if by_gluon.takes(q, k_cache):
+                by_gluon.attend_codes(
+                    q, k_cache, v_cache, scales, out, block_tables, seq_lens, scale=scale, config=config,
+                    scratch=scratch, beside=beside,
+                )  # fmt: skip
+                return
     norms = new is not None and new.q_weight is not None
     d_pad, group_p2 = padded_head(width), triton.next_power_of_2(group)
     _decode[(kv_heads, rows, config.splits)](
@@ -544,21 +543,6 @@ def attend_decode(
         SINKS=sinks is not None, SCALED=scales is not None, ASM=q.is_cuda and torch.version.hip is None,
         BESIDE=beside, num_warps=config.warps, **pdl_options(q),
     )  # fmt: skip
-
-
-@functools.cache
-def codes_by_gluon(device: torch.device) -> ModuleType | None:
-    """`paged_attention_codes_gluon`, where it runs."""
-    if device.type != "cuda" or torch.version.hip is not None or torch.cuda.get_device_capability(device) != (9, 0):
-        return None
-    try:
-        from nanoengine.kernels import paged_attention_codes_gluon
-    except Exception as error:  # noqa: BLE001 - Gluon is experimental: another version may lack what is imported
-        _log.warning(
-            "K and V in eight bits are read by a slower kernel, since this Triton has another Gluon: %s", error
-        )
-        return None
-    return paged_attention_codes_gluon
 
 
 def rows_of(x: Tensor) -> Tensor:

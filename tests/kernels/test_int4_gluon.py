@@ -13,12 +13,13 @@ pytest.importorskip("triton")
 from test_int4_kernels import expected_of, weight_of
 
 from nanoengine import kernels
-from nanoengine.kernels import int4_launch, int4_triton
+from nanoengine.kernels import gluon, int4_launch, int4_triton
 from nanoengine.kernels.int4 import Int4Weight
 from nanoengine.kernels.matmul import Scaled
-from nanoengine.kernels.matmul_launch import has_gluon
 
-ON_HOPPER = torch.cuda.is_available() and has_gluon(torch.device("cuda", torch.cuda.current_device()))
+ON_HOPPER = torch.cuda.is_available() and gluon.runs_gluon(
+    torch.device("cuda", torch.cuda.current_device()), "some products run on slower kernels", "matmul_gluon"
+)
 in_gluon = pytest.mark.skipif(not ON_HOPPER, reason="Gluon has no interpreter, and the kernels are for Hopper GPUs")
 SIXTEEN_BITS = [torch.bfloat16, torch.float16]
 
@@ -99,15 +100,15 @@ def test_what_gluon_does_not_take_is_made_in_triton(rand, assert_close, monkeypa
 
 
 def test_another_gluon_costs_speed_only_and_is_logged(monkeypatch, caplog) -> None:
-    monkeypatch.setattr(int4_launch, "has_gluon", lambda _: True)
+    monkeypatch.setattr(gluon, "is_hopper", lambda _: True)
     monkeypatch.setitem(sys.modules, "nanoengine.kernels.int4_many_gluon", None)
     monkeypatch.delattr(kernels, "int4_many_gluon", raising=False)
-    int4_launch._imported.cache_clear()
+    gluon.runs_gluon.cache_clear()
     try:
         codes, scales = torch.zeros(16, 64, dtype=torch.uint8), torch.ones(16, 1, dtype=torch.float16)
         weight = Int4Weight(codes, scales, None, 128)
         assert not int4_launch._in_gluon(weight, torch.bfloat16)
         assert not int4_launch._in_gluon(weight, torch.bfloat16)
     finally:
-        int4_launch._imported.cache_clear()
+        gluon.runs_gluon.cache_clear()
     assert caplog.text.count("another Gluon") == 1

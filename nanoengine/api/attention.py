@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from nanoengine.kernels.ops import KernelChoice
+
 
 class GraphSupport(IntEnum):
     """Which batches of the backend may be captured in a CUDA graph.
@@ -45,7 +47,7 @@ class KVSpec:
 
     `head_size`: of K and V; a narrower one of the two is padded with zeros. `window`, `causal`: as in
     `AttentionLayerSpec`. `kv_dtype`: how K and V are stored: "auto" is `dtype`; "fp8" and "int8" have a scale for each
-    head of each token (`nanoengine.kernels.kv_quant`).
+    head of each token (`nanoengine.kernels.kv_quant`). `kernels`: what `engine.kernels` turns on and off.
     """
 
     num_kv_heads: int
@@ -54,6 +56,7 @@ class KVSpec:
     window: int | None = None
     causal: bool = True
     kv_dtype: str = "auto"
+    kernels: KernelChoice | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -24,7 +24,7 @@ from nanoengine.api.layers import Layer, Linear
 from nanoengine.api.parallel import TensorParallelGroup
 from nanoengine.api.plugin_calls import name_of, place_and_fix
 from nanoengine.api.weights import WeightMap
-from nanoengine.kernels.ops import Ops
+from nanoengine.kernels.ops import KernelChoice, Ops
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,7 +56,7 @@ class _Place:
 class Attention(nn.Module):
     """One attention layer of a model. The core binds it to its group's backend before the first step.
 
-    `stored`: the layer whose K and V it reads, if `spec.shares` names one. `kv_dtype`: how they are stored, as in
+    `stored`: the layer whose K and V it reads, if `spec.shares` names one. `kv_dtype`, `kernels`: as in
     `KVSpec`.
     """
 
@@ -67,6 +67,7 @@ class Attention(nn.Module):
         name: str = "",
         stored: Attention | None = None,
         kv_dtype: str = "auto",
+        kernels: KernelChoice | None = None,
     ) -> None:
         super().__init__()
         self.spec, self.name = spec, name
@@ -80,6 +81,7 @@ class Attention(nn.Module):
             window=spec.window,
             causal=spec.causal,
             kv_dtype=kv_dtype,
+            kernels=kernels,
         )
         self._place: _Place = _Place() if stored is None else stored._place
 

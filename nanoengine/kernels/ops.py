@@ -18,6 +18,8 @@ from nanoengine.kernels import activation as pointwise
 from nanoengine.kernels import experts as mixture
 from nanoengine.kernels import rms_norm, rope
 from nanoengine.kernels.activation import Activation as Activation
+from nanoengine.kernels.choice import BY_DEFAULT
+from nanoengine.kernels.choice import KernelChoice as KernelChoice
 from nanoengine.kernels.cpu import Library, load
 from nanoengine.kernels.experts import RealTokens as RealTokens
 from nanoengine.kernels.experts import Routing as Routing
@@ -39,6 +41,8 @@ class Ops:
     """Whether layers call the attention backend's `attend_qkv` first."""
     prepares_norms = False
     """Whether a product prepares the norm behind it (`matmul.Scaled`)."""
+    kernels = BY_DEFAULT
+    """Which of the kernels that can be turned on and off are on."""
 
     def embedding(self, ids: Tensor, weight: Tensor) -> Tensor:
         """Rows of the weight: int [T], [V, D] -> [T, D]."""
@@ -165,7 +169,7 @@ class TritonOps(Ops):
     name = "triton"
     stores_kv = True
 
-    def __init__(self, *, attends_qkv: bool = True, products: bool = True) -> None:
+    def __init__(self, *, attends_qkv: bool = True, products: bool = True, kernels: KernelChoice = BY_DEFAULT) -> None:
         from nanoengine.kernels import (
             activation_triton,
             embedding_triton,
@@ -184,7 +188,7 @@ class TritonOps(Ops):
             rope_triton,
             matvec_triton,
         )
-        self.attends_qkv = attends_qkv
+        self.attends_qkv, self.kernels = attends_qkv, kernels
         self._embedding = embedding_triton.embedding
         self._route, self._experts = route_triton, experts_triton
         self._make_tickets = tickets_on
@@ -370,6 +374,7 @@ def ops_for(
     fuse: bool = True,
     attends_qkv: bool = True,
     products: bool = True,
+    kernels: KernelChoice = BY_DEFAULT,
     cache: Path | None = None,
 ) -> Ops:
     """Triton's where it is installed and the device is a GPU, those in C on a CPU, unless fusing is off.
@@ -387,7 +392,7 @@ def ops_for(
             return Ops()
         for name in _BESIDE_LAYERS:
             importlib.import_module(f"nanoengine.kernels.{name}")
-        return TritonOps(attends_qkv=attends_qkv, products=products)
+        return TritonOps(attends_qkv=attends_qkv, products=products, kernels=kernels)
     except Exception as error:  # noqa: BLE001 - a broken package raises what it likes
         _log.warning(
             "the fused kernels cannot be imported, layers and sampling run on plain torch: %s: %s; reinstall triton "

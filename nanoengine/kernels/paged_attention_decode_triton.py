@@ -494,6 +494,7 @@ def attend_decode(
     new: NewTokens | None = None,
     sinks: Tensor | None = None,
     scales: Scales | None = None,
+    by_codes: bool = True,
     beside: bool = False,
 ) -> None:
     """One query a row: q [B, heads, head_size] into `out`, the same shape and contiguous.
@@ -503,6 +504,7 @@ def attend_decode(
 
     `sinks`: float [heads], a score of each head that takes part in the softmax and has no value.
     `scales`: of K and V, float32 [blocks, kv_heads, block_size]: the caches have codes (`kv_quant`); not with `new`.
+    `by_codes`: on Hopper GPUs these are read by `paged_attention_codes_gluon` where it can.
     `beside`: the launch in front is `attend_prefill` of other rows, and both run at the same time.
     `block_tables` int32 [B, blocks], `seq_lens` int32 [B], of at least 1; both are read on the device alone.
     """
@@ -517,7 +519,7 @@ def attend_decode(
     else:
         assert q.stride(1) == 1 and q.shape[1] == (heads + 2 * kv_heads) * width, (q.shape, q.stride())
     assert new is None or scales is None
-    if scales is not None and window is None and soft_cap is None and sinks is None:
+    if by_codes and scales is not None and window is None and soft_cap is None and sinks is None:
         slower = "K and V in eight bits are read by a slower kernel"
         if runs_gluon(q.device, slower, "paged_attention_codes_gluon"):
             from nanoengine.kernels import paged_attention_codes_gluon as by_gluon

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from nanoengine.api.errors import ConfigError
+from nanoengine.api.errors import ConfigError, nearest
+from nanoengine.kernels.choice import KERNELS
 from nanoengine.params.field_types import Bytes
 
 _INT32, _INT64, _YEAR = 2**31 - 1, 2**63 - 1, 365 * 86_400.0
@@ -112,6 +113,8 @@ class EngineOptions:
             kernel.
         fuse_products: with fuse_kernels: products of 33 to 256 rows are kernels of our own, with norms and gates in
             them; those with a gate also beyond. GGUF blocks are operands of tensor cores; off: decoded in registers.
+        kernels: single kernels to turn on or off, as {"attention_codes": false}. Without one, another kernel
+            does its work: `nanoengine.kernels.choice` has their names.
         fuse_sampling: fuse the standard sampler operations (one sort for top-k, top-p and min-p).
         custom_all_reduce: small sums over GPUs are read from the memory of the other GPUs; otherwise all use NCCL.
         skip_tokenizer_init: load no tokenizer; requests and outputs have only token ids.
@@ -153,6 +156,7 @@ class EngineOptions:
     fuse_kernels: bool = True
     fuse_attention: bool = True
     fuse_products: bool = True
+    kernels: Mapping[str, bool] = field(default_factory=dict)
     fuse_sampling: bool = True
     custom_all_reduce: bool = True
     skip_tokenizer_init: bool = False
@@ -173,6 +177,9 @@ class EngineOptions:
             if not 0 < seconds <= _YEAR:
                 rule = "at most a year" if seconds > _YEAR else "above 0"
                 raise ConfigError(f"engine.{name} is in seconds and must be {rule}, not {seconds}")
+        for name in self.kernels:
+            if name not in KERNELS:
+                raise ConfigError(f"engine.kernels: no kernel is called {name!r}; {nearest(name, KERNELS)}")
         if not 0 < self.gpu_memory_utilization <= 1:
             raise ConfigError(
                 f"engine.gpu_memory_utilization must be above 0 and at most 1, not {self.gpu_memory_utilization}"

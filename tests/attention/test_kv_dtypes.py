@@ -15,12 +15,16 @@ from torch import Tensor
 
 from nanoengine import LLM, SamplingParams
 from nanoengine.api import AttentionNeed, ConfigError, HeadNorms, KVSpec, Rotation
+from nanoengine.api.parallel import SingleRank
+from nanoengine.kernels.choice import KernelChoice
 from nanoengine.kernels.kv_quant import KV_DTYPES, LARGEST, dequantise_heads, quantise_heads, stored_bytes
+from nanoengine.kernels.ops import Ops
 from nanoengine.kernels.rms_norm import rms_norm
 from nanoengine.kernels.rope import rotate
 from nanoengine.plugins.attention_backends.flash_attn import FlashAttn
 from nanoengine.plugins.attention_backends.torch_paged import TorchPaged
 from nanoengine.plugins.attention_backends.triton_paged import TritonPaged
+from nanoengine.setup.start.build_model import Builder
 from nanoengine.testing.checkpoints import tiny_llama
 
 triton_interpreter.import_kernels()
@@ -144,6 +148,22 @@ def test_tensor_cores_take_codes(
     )  # fmt: skip
     assert error(case, TritonPaged) < TOLERANCE[dtype]
     assert beside == [mixed]
+
+
+@needs_triton
+@pytest.mark.parametrize("on", [True, False])
+def test_codes_on_hopper_are_read_by_the_kernel_that_is_on(on: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    from nanoengine.kernels import paged_attention_decode_triton as by_triton
+
+    asked = list[bool]()
+    monkeypatch.setattr(by_triton, "runs_gluon", lambda *_: asked.append(True))
+    place = Ops()
+    place.kernels = KernelChoice.of({} if on else {"attention_codes": False})
+    case = Case(rows=[(1, 30)], block_size=16, kv_dtype="int8", device=DEVICE)
+    made = Builder(SingleRank(), case.dtype, torch.device(DEVICE), place).attention("model.attn", case.spec)
+    monkeypatch.setattr(Case, "kv_spec", replace(case.kv_spec, kernels=made.kv_spec.kernels))
+    assert error(case, TritonPaged) < TOLERANCE[case.dtype]
+    assert asked == [True] * on
 
 
 @needs_triton

@@ -34,6 +34,11 @@ def test_torchs_own_types_name_themselves() -> None:
         ({"dtype": "float"}, "'float'; did you mean 'float32'"),
         ({"dtype": "FP16"}, "'FP16'; did you mean 'float16'"),
         ({"dtype": "bf16"}, "'bf16'; did you mean 'bfloat16'"),
+        (
+            {"kernels": {"attention_code": False}},
+            "engine.kernels: no kernel is called .*did you mean 'attention_codes'",
+        ),
+        ({"kernels": {"attention_codes": "no"}}, "engine option kernels must be"),
         ({"max_num_seqs": 2**40}, "engine.max_num_seqs must be at most 65,536, not 1,099,511,627,776"),
         ({"max_num_batched_tokens": 2**31}, "engine.max_num_batched_tokens must be at most 4,194,304"),
         ({"num_gpu_blocks_override": 2**60}, "engine.num_gpu_blocks_override must be at most"),

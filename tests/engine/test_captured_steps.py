@@ -108,13 +108,22 @@ def captured(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
         yield seen
 
 
-@pytest.mark.parametrize("given", [{}, {"fuse_kernels": False}, {"fuse_attention": False}, {"fuse_products": False}])
+@pytest.mark.parametrize(
+    "given",
+    [
+        {},
+        {"fuse_kernels": False},
+        {"fuse_attention": False},
+        {"fuse_products": False},
+        {"kernels": {"attention_codes": False}},
+    ],
+)
 def test_layers_get_the_operations_that_the_options_ask_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: dict[str, bool]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: dict[str, Any]
 ) -> None:
-    asked: dict[str, bool] = {}
+    asked: dict[str, Any] = {}
 
-    def ops_for(device: torch.device, *, cache: Path, **options: bool) -> Ops:
+    def ops_for(device: torch.device, *, cache: Path, **options: Any) -> Ops:
         asked.update(options)
         return Ops()
 
@@ -123,6 +132,7 @@ def test_layers_get_the_operations_that_the_options_ask_for(
         pass
     names = {"fuse": "fuse_kernels", "attends_qkv": "fuse_attention", "products": "fuse_products"}
     defaults = EngineOptions()
+    assert asked.pop("kernels").has("attention_codes") == ("kernels" not in given)
     assert asked == {argument: given.get(option, getattr(defaults, option)) for argument, option in names.items()}
 
 

@@ -27,6 +27,7 @@ from nanoengine.api import (
     Rotation,
     StepInputs,
 )
+from nanoengine.kernels.choice import BY_DEFAULT
 from nanoengine.kernels.kv_quant import KV_DTYPES, stored_bytes
 
 if TYPE_CHECKING:
@@ -84,6 +85,7 @@ class TritonPaged(AttentionBackend):
         self._scales: Tensor | None = None
         self._inputs: StepInputs | None = None
         self._most_queries = 1  # of a decode row of any step so far
+        self._by_codes = (spec.kernels or BY_DEFAULT).has("attention_codes")
 
     def _longest(self) -> int:
         """The largest number of keys that a query of this group attends to."""
@@ -165,7 +167,8 @@ class TritonPaged(AttentionBackend):
             self._kernels.attend_decode(
                 q[:rows], self._kv[layer, 0], self._kv[layer, 1], out[:rows], tables, seq_lens, scale=spec.scale,
                 window=spec.window, soft_cap=spec.soft_cap, config=planner.config(rows), scratch=planner.scratch,
-                sinks=spec.sinks, scales=self._scales_of(layer), beside=beside,
+                sinks=spec.sinks, scales=self._scales_of(layer), by_codes=self._by_codes,
+                beside=beside,
             )  # fmt: skip
         else:
             queries = inputs.decode_query_len

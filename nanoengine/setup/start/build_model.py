@@ -127,7 +127,7 @@ class Builder:
     def attention(self, name: str, spec: AttentionLayerSpec) -> Attention:
         check_attention(name, spec)
         stored = None if spec.shares is None else self._stored(name, spec.shares)
-        made = Attention(spec, self.dtype, name, stored, self._kv_dtype)
+        made = Attention(spec, self.dtype, name, stored, self._kv_dtype, self.ops.kernels)
         if stored is not None and stored.kv_spec != made.kv_spec:
             raise ModelError(f"{name} cannot share the K and V of {spec.shares}: {made.kv_spec} and {stored.kv_spec}")
         return self._named(name, made)

@@ -29,7 +29,7 @@ from nanoengine.core.execution.sampler import Sampler
 from nanoengine.core.execution.slots import SlotLimits, SlotTables
 from nanoengine.core.execution.step_inputs import StepBuffers
 from nanoengine.core.step import num_slots
-from nanoengine.kernels.ops import RealTokens, ops_for
+from nanoengine.kernels.ops import KernelChoice, RealTokens, ops_for
 from nanoengine.params.engine_options import EngineOptions
 from nanoengine.params.engine_plan import EnginePlan
 from nanoengine.setup.plugins.choose import load_checked
@@ -96,8 +96,10 @@ class _Start:
     def run(self) -> tuple[ModelRunner, MemoryReport]:
         options = self.plan.options
         model_class: type[Model] = load_checked(self.loader, self.plan.model, Model)
-        switches = {"attends_qkv": options.fuse_attention, "products": options.fuse_products}
-        ops = ops_for(self.device, fuse=options.fuse_kernels, cache=cache_root(), **switches)
+        ops = ops_for(
+            self.device, fuse=options.fuse_kernels, attends_qkv=options.fuse_attention, products=options.fuse_products,
+            kernels=KernelChoice.of(options.kernels), cache=cache_root(),
+        )  # fmt: skip
         self.fused = ops.name == "triton"
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)  # creates the context

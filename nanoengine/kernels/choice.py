@@ -1,0 +1,34 @@
+"""Kernels that are turned on and off one by one (`engine.kernels`); without one, another kernel does its work."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+KernelName = Literal["attention_codes"]
+KERNELS: Mapping[KernelName, bool] = {
+    "attention_codes": True,  # K and V in eight bits by wgmma on Hopper GPUs; else by the decode kernel in Triton
+}
+"""Whether each is on by default. What reads a name: `KernelChoice.has`."""
+
+
+@dataclass(frozen=True, slots=True)
+class KernelChoice:
+    """Those of `KERNELS` that are on: named in `on`, or on by default and not named in `off`."""
+
+    on: frozenset[str] = frozenset()
+    off: frozenset[str] = frozenset()
+
+    @classmethod
+    def of(cls, asked: Mapping[str, bool]) -> KernelChoice:
+        """Names of `KERNELS` -> on or off."""
+        assert asked.keys() <= KERNELS.keys(), asked
+        on = frozenset(name for name, wanted in asked.items() if wanted)
+        return cls(on, frozenset(asked) - on)
+
+    def has(self, name: KernelName) -> bool:
+        return name in self.on or (KERNELS[name] and name not in self.off)
+
+
+BY_DEFAULT = KernelChoice()

@@ -26,9 +26,9 @@ if TYPE_CHECKING:
         WorkerError,
     )
     from nanoengine.api.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
+    from nanoengine.api.stats import EngineStats
     from nanoengine.api.structured_outputs import StructuredOutputsParams
     from nanoengine.async_llm import AsyncLLM
-    from nanoengine.core.scheduling.messages import EngineStats
     from nanoengine.llm import LLM
     from nanoengine.observe.steps import StepRecord
     from nanoengine.observe.trace import TraceFile
@@ -56,7 +56,7 @@ _ERRORS = (
 _HOME = {
     "LLM": "nanoengine.llm",
     "AsyncLLM": "nanoengine.async_llm",
-    "EngineStats": "nanoengine.core.scheduling.messages",
+    "EngineStats": "nanoengine.api.stats",
     "Stream": "nanoengine.stream",
     "StructuredOutputsParams": "nanoengine.api.structured_outputs",
     "StepRecord": "nanoengine.observe.steps",

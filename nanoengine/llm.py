@@ -20,8 +20,8 @@ from nanoengine.api.errors import (
     WorkerError,
 )
 from nanoengine.api.outputs import RequestOutput
+from nanoengine.api.stats import EngineStats
 from nanoengine.build import BuiltEngine, assemble, build_engine, find_model
-from nanoengine.core.scheduling.messages import EngineStats
 from nanoengine.observe.progress import Progress, note
 from nanoengine.observe.steps import Observer, add_observer, remove_observer
 from nanoengine.params.arguments import (

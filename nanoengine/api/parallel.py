@@ -84,3 +84,9 @@ class SingleRank(TensorParallelGroup):
 def padded_length(total: int, size: int) -> int:
     """Length of each rank's part when `total` is padded to a multiple of `size`."""
     return -(-total // size)
+
+
+def vocab_slice(vocab_size: int, tp: TensorParallelGroup) -> tuple[int, int]:
+    """First id of this rank's slice of the vocabulary, and the id behind its last."""
+    width = padded_length(vocab_size, tp.size)
+    return min(tp.rank * width, vocab_size), min((tp.rank + 1) * width, vocab_size)

@@ -8,40 +8,16 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass, field
 
 from nanoengine.api.errors import GrammarError, PluginError, shown
 from nanoengine.api.grammars import Constraint, Grammar, GrammarBackend
 from nanoengine.api.plugin_calls import name_of, plugin_call
+from nanoengine.api.stats import GrammarStats
 from nanoengine.params.engine_options import StructuredOutputsOptions
 from nanoengine.params.preparation import THREAD
 
 _TIMES = 1024  # of the last compilations
 _LOADING_SECONDS = 60.0  # that loading the backend may take, in addition to what one constraint may take
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GrammarStats:
-    """Counts since the engine started.
-
-    Attributes:
-        compiled: constraints that were compiled. refused: that the backend did not accept. cached: requests whose
-            constraint was there already.
-        compiled_in_steps: constraints that were compiled on no thread of `Preparations`, so that a step may have
-            waited: 0, unless a plugin does not prepare its grammar.
-        seconds: of the last 1,024 compilations, ascending.
-    """
-
-    compiled: int = 0
-    refused: int = 0
-    cached: int = 0
-    compiled_in_steps: int = 0
-    seconds: tuple[float, ...] = field(default=(), repr=False)
-
-    def percentile(self, percent: float) -> float:
-        """Seconds that so many per cent of the last compilations took at most; 0 where there are none."""
-        last = len(self.seconds) - 1
-        return self.seconds[min(last, int(len(self.seconds) * percent / 100))] if self.seconds else 0.0
 
 
 class Grammars:

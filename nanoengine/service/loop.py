@@ -28,8 +28,8 @@ from nanoengine.service.member import Member
 from nanoengine.service.queue import OpenRequest, Queue
 
 if TYPE_CHECKING:
+    from nanoengine.api.stats import EngineStats
     from nanoengine.core.engine import Engine
-    from nanoengine.core.scheduling.messages import EngineStats
     from nanoengine.params.input_processor import CheckedRequest, InputProcessor
 
 _MOST_FAILURES = 3  # that the step loop may have one after the other, before it ends

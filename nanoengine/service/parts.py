@@ -13,7 +13,7 @@ from nanoengine.service.loop import EngineService
 from nanoengine.service.options import ServiceOptions
 
 if TYPE_CHECKING:
-    from nanoengine.core.scheduling.messages import EngineStats
+    from nanoengine.api.stats import EngineStats
     from nanoengine.llm import LLM
 
 

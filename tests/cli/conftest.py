@@ -14,8 +14,8 @@ from typer.testing import CliRunner, Result
 
 from nanoengine.api.errors import RequestError
 from nanoengine.api.outputs import CompletionOutput, RequestMetrics, RequestOutput
+from nanoengine.api.stats import EngineStats
 from nanoengine.cli.app import app
-from nanoengine.core.scheduling.messages import EngineStats
 from nanoengine.params.sampling_params import SamplingParams
 from nanoengine.setup.config.config import RunConfig
 from nanoengine.setup.start.clock import StartClock, StartReport

@@ -14,9 +14,9 @@ import pytest
 from typer.testing import Result
 
 from nanoengine.api.errors import ModelSourceError
+from nanoengine.api.stats import EngineStats
 from nanoengine.cli.common import ResultsLost
 from nanoengine.cli.results import ResultsFile
-from nanoengine.core.scheduling.messages import EngineStats
 
 Run = Callable[..., Result]
 Rows = Callable[[], list[dict[str, Any]]]

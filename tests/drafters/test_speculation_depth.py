@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from nanoengine.api import DrafterContext, DraftSample, DraftState, HostDrafter
 from nanoengine.api.draft_checks import CheckedDrafter
 from nanoengine.api.errors import RequestError
+from nanoengine.api.stats import EngineStats
 from nanoengine.core.request import Request
-from nanoengine.core.scheduling.messages import EngineStats
 from nanoengine.core.scheduling.speculation import Speculation
 from nanoengine.params.sampling_params import ResolvedParams
 from nanoengine.params.speculation import Acceptance

@@ -19,11 +19,11 @@ import triton_interpreter
 from torch import Tensor
 
 from nanoengine import LLM, SamplingParams
+from nanoengine.api.stats import EngineStats
 from nanoengine.core.execution import results, runner, step_inputs
 from nanoengine.core.execution.finish_step import CapturedTail
 from nanoengine.core.execution.graphs import CaptureSizes, StepGraphs
 from nanoengine.core.execution.step_inputs import StepSize
-from nanoengine.core.scheduling.messages import EngineStats
 from nanoengine.core.step import SuppliedColumn
 from nanoengine.kernels.ops import Ops
 from nanoengine.params.engine_options import EngineOptions

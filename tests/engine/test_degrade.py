@@ -16,10 +16,10 @@ from transformers import AutoModelForCausalLM
 
 from nanoengine import LLM, RequestOutput, SamplingParams
 from nanoengine.api.processors import Need
+from nanoengine.api.stats import EngineStats
 from nanoengine.core.execution import runner as runner_module
 from nanoengine.core.execution.executor import InProcessExecutor
 from nanoengine.core.execution.slots import SlotTables, VocabHistory
-from nanoengine.core.scheduling.messages import EngineStats
 from nanoengine.core.scheduling.scheduler import Scheduler
 from nanoengine.testing.checkpoints import tiny_llama
 from nanoengine.testing.invariants import check_scheduler

@@ -17,10 +17,10 @@ from tokenizers import decoders
 
 from nanoengine import LLM, RequestOutput, SamplingParams
 from nanoengine.api.errors import RequestError
+from nanoengine.api.stats import EngineStats
 from nanoengine.core import host_states
 from nanoengine.core.execution.finish_step import FinishStep
 from nanoengine.core.execution.slots import VocabHistory
-from nanoengine.core.scheduling.messages import EngineStats
 from nanoengine.core.scheduling.scheduler import Scheduler
 from nanoengine.testing.checkpoints import tiny_llama
 from nanoengine.testing.invariants import check_scheduler

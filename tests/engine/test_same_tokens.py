@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanoengine import LLM, SamplingParams
-from nanoengine.core.scheduling.messages import EngineStats
+from nanoengine.api.stats import EngineStats
 
 from .support import greedy, mock_llm, prompts, tokens_of
 

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanoengine import LLM, RequestOutput, SamplingParams
-from nanoengine.core.scheduling.messages import EngineStats
+from nanoengine.api.stats import EngineStats
 from nanoengine.observe.steps import StepRecord
 from nanoengine.testing.checkpoints import tiny_llama
 

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from nanoengine import LLM
+from nanoengine.api.stats import EngineStats
 from nanoengine.core.execution.runner import ModelRunner
-from nanoengine.core.scheduling.messages import EngineStats
 from nanoengine.testing.checkpoints import tiny_llama, tiny_qwen3
 
 # Few graphs, so that an engine starts quickly; 128 prefill tokens behind 16 decode rows still have one.

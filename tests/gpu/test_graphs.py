@@ -16,8 +16,8 @@ from torch import Tensor
 from nanoengine import LLM, SamplingParams
 from nanoengine.api.model import ForwardBatch
 from nanoengine.core.execution.runner import ModelRunner
-from nanoengine.core.execution.sampler import DrawColumns
 from nanoengine.core.execution.step_inputs import StepSize
+from nanoengine.kernels.draw import DrawColumns
 
 from .support import ON_GPU, need, runner_of, write_wide
 

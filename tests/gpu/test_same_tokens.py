@@ -13,7 +13,7 @@ from engine import test_same_tokens as on_cpu
 from engine.support import greedy, mock_llm, prompts, tokens_of
 
 from nanoengine import SamplingParams
-from nanoengine.core.scheduling.messages import EngineStats
+from nanoengine.api.stats import EngineStats
 
 from .support import ON_GPU
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from nanoengine import LLM, RequestOutput, SamplingParams
 from nanoengine.api import ParamsError
-from nanoengine.core.scheduling.messages import EngineStats
+from nanoengine.api.stats import EngineStats
 from nanoengine.testing import forced
 
 from . import tiny

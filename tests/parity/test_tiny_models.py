@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from nanoengine import RequestOutput, SamplingParams
-from nanoengine.core.scheduling.messages import EngineStats
+from nanoengine.api.stats import EngineStats
 
 from . import tiny
 from .compare import Mismatch, Report, compare

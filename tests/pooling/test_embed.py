@@ -14,10 +14,10 @@ from parity import tiny
 from transformers import PreTrainedModel
 
 from nanoengine import LLM, EmbeddingOutput, ParamsError, RequestError, SamplingParams
+from nanoengine.api.stats import EngineStats
 from nanoengine.core.execution import finish_step, runner
 from nanoengine.core.request import Request
 from nanoengine.core.scheduling import commit
-from nanoengine.core.scheduling.messages import EngineStats
 from nanoengine.params.pooling import PoolingChoice
 
 Pooling = Literal["mean", "last"]

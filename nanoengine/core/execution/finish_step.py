@@ -18,11 +18,11 @@ from torch import Tensor
 from nanoengine.api.checks import CheckedModel
 from nanoengine.api.draft_checks import checked_drafts
 from nanoengine.api.drafters import DeviceDrafter, DraftStep
-from nanoengine.api.parallel import TensorParallelGroup
+from nanoengine.api.parallel import TensorParallelGroup, vocab_slice
 from nanoengine.api.processors import Need
 from nanoengine.api.specs import StandardOp
 from nanoengine.core.execution.results import Drawn, LaunchedStep, PendingLogprobs
-from nanoengine.core.execution.sampler import DrawColumns, DrawPlan, DrawRows, Sampler, vocab_slice
+from nanoengine.core.execution.sampler import DrawPlan, DrawRows, Sampler
 from nanoengine.core.execution.slots import SlotTables, overridden, ragged_places, upload
 from nanoengine.core.execution.step_inputs import GatheredStep, StepBuffers, StepRows, StepSize
 from nanoengine.core.step import (
@@ -36,6 +36,7 @@ from nanoengine.core.step import (
     offsets_of,
 )
 from nanoengine.kernels import all_reduce, sampling
+from nanoengine.kernels.draw import DrawColumns
 from nanoengine.kernels.host_ring import AnswerRing
 from nanoengine.kernels.pooling import span_sums
 from nanoengine.kernels.step_inputs import Answer, write_drafts
@@ -84,10 +85,11 @@ class CapturedTail:
             token = torch.arange(rows, dtype=torch.int32, device=tables.device)
             row = torch.searchsorted(inputs.query_start_loc[1:], token, right=True).clamp(max=len(slots) - 1)
             slots, positions = slots[row], (self._buffers.out.positions[:rows] + 1).int()
-        ops = {op: tables.buffer.tables[key] for op, key in self._sampler.standard_columns.items()}
+        ops = {op.value: tables.buffer.tables[key] for op, key in self._sampler.standard_columns.items()}
         columns = DrawColumns(
-            tables.greedy, tables.seeds, positions, tables.sample_index, ops, at=slots, early=inputs.drafts is None
-        )
+            greedy=tables.greedy, seeds=tables.seeds, positions=positions, sample_index=tables.sample_index,
+            at=slots, early=inputs.drafts is None, **ops,
+        )  # fmt: skip
         mask = self._mask[:rows].copy_(self._sent_mask[:rows], non_blocking=True) if masked else None
         self._sampler.draw(kind, logits, columns, self._tp, tokens, failed, mask)
         tables.kernels.settle(

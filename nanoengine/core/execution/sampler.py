@@ -3,29 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from nanoengine.api.parallel import TensorParallelGroup, padded_length
+from nanoengine.api.parallel import TensorParallelGroup, vocab_slice
 from nanoengine.api.processor_checks import checked_logits
 from nanoengine.api.processors import LogitsProcessor, Need, ProcessorRows, RaggedColumn
 from nanoengine.api.specs import Phase, StandardOp
 from nanoengine.core.step import ROW_BAD_LOGITS, ROW_FINE, ROW_NOTHING_LEFT
 from nanoengine.kernels import all_reduce, bitmask, sampling
-from nanoengine.kernels.philox import draw_keys
+from nanoengine.kernels.draw import DrawColumns, draw_tokens
 from nanoengine.params.engine_plan import ProcessorPlan
 
 _TRUNCATION_ORDER = (StandardOp.TOP_K, StandardOp.TOP_P, StandardOp.MIN_P)
 _ORDER = (StandardOp.TEMPERATURE, *_TRUNCATION_ORDER)  # of the operations that are part of the draw
-_NEUTRAL: Mapping[StandardOp, tuple[float, torch.dtype]] = {
-    StandardOp.TEMPERATURE: (1, torch.float32),
-    StandardOp.TOP_K: (0, torch.int32),
-    StandardOp.TOP_P: (1, torch.float32),
-    StandardOp.MIN_P: (0, torch.float32),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,26 +86,6 @@ class DrawPlan:
     sharded: bool
 
 
-@dataclass(frozen=True, slots=True)
-class DrawColumns:
-    """What a draw reads of R rows, on the device: fresh tensors in an eager tail, the slots' tables in a captured one.
-
-    Attributes:
-        greedy: bool or int32 [R]. seeds, positions, sample_index: int64 [R] (positions perhaps int32), the draw's key.
-        ops: column of each standard operation that some row may want, [R].
-        at: int32 [R]; where a row's values are, if all but `positions` are tables of slots. None: by row.
-        early: all this was complete before the model's first layer.
-    """
-
-    greedy: Tensor
-    seeds: Tensor
-    positions: Tensor
-    sample_index: Tensor
-    ops: Mapping[StandardOp, Tensor]
-    at: Tensor | None = None
-    early: bool = False
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DrawRows:
     """What processors and draw read of R rows, on the device.
@@ -167,9 +141,13 @@ class Sampler:
         """`kernels`: draw by Triton kernels, where all that is left of a row's processors is standard operations."""
         self._processors = sorted((_Processor.of(*each) for each in processors), key=lambda p: p.order)
         self._vocab_size, self._fuse = vocab_size, fuse
-        self._kernels = TritonDraw() if kernels else None
-        self._mask: Any = bitmask.mask_bits_ if self._kernels is None else self._kernels.mask_bits_
-        self.tails = () if self._kernels is None else self._kernels.tails
+        self._kernels: Any = None
+        self._mask: Any = bitmask.mask_bits_
+        self.tails: tuple[int, ...] = ()
+        if kernels:
+            from nanoengine.kernels import draw_triton
+
+            self._kernels, self._mask, self.tails = draw_triton, draw_triton.mask_bits_, draw_triton.TAILS
         self.needs: frozenset[Need] = frozenset().union(*(p.processor.needs for p in self._processors))
         claims = [(op, (p.name, column)) for p in self._processors if p.standard for op, column in p.ops.items()]
         clash = not fuse or len({op for op, _ in claims}) < len(claims)
@@ -191,7 +169,7 @@ class Sampler:
             late, ops = [], {}
         called = tuple(active[: len(active) - len(late)])
         cut = any(op in ops for op in _TRUNCATION_ORDER)
-        tail = None if self._kernels is None else self._kernels.tail(random=random, cut=cut)
+        tail = None if self._kernels is None else self._kernels.tail_for(random=random, cut=cut)
         reads_only = tail is not None and not called and not min_tokens
         mask = (called[0].name, called[0].mask) if self._fuse and len(called) == 1 and called[0].mask else None
         standard = all(self.standard_columns.get(op) == column for op, column in ops.items())
@@ -239,8 +217,8 @@ class Sampler:
         `logits`: [R, N], ids `start`, `start` + 1, …, as `sample` takes them. `plan.sharded` must be true.
         """
         if plan.reads_only:
-            assert self._kernels is not None and plan.tail is not None
-            return self._kernels.best_keys(plan.tail, logits, start, _with_neutral(_columns(rows, plan)))
+            keys: Tensor = self._kernels.best_keys(plan.tail, logits, start, _columns(rows, plan).with_all())
+            return keys
         if not logits.shape[1]:
             return all_reduce.no_keys(len(logits), logits.device)
         tops = logits.amax(-1)
@@ -264,12 +242,11 @@ class Sampler:
         `logits`: [R, V / tp]; whole rows are gathered only for a tail that truncates. `mask`: int32 [R, words], applied
         in place, of one rank.
         """
-        assert self._kernels is not None
         if mask is not None:
             logits = logits[:, : self._vocab_size]
             sound = logits.amax(-1).isfinite()  # as in `sample`
             self._kernels.sample(tail, self._mask(logits, mask), columns, tokens, failed, sound)
-        elif tp.size > 1 and tail != self._kernels.tail(random=True, cut=True):
+        elif tp.size > 1 and tail != self._kernels.tail_for(random=True, cut=True):
             start, stop = vocab_slice(self._vocab_size, tp)
             keys = self._kernels.best_keys(tail, logits[:, : stop - start], start, columns)
             self._kernels.answer(tp.highest(keys), tokens, failed)
@@ -279,10 +256,9 @@ class Sampler:
     def _draw_by_kernels(
         self, logits: Tensor, rows: DrawRows, plan: DrawPlan, sound: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        assert self._kernels is not None and plan.tail is not None
         tokens = torch.zeros(len(logits), dtype=torch.int64, device=logits.device)
         failed = torch.zeros(len(logits), dtype=torch.int32, device=logits.device)
-        self._kernels.sample(plan.tail, logits, _with_neutral(_columns(rows, plan)), tokens, failed, sound)
+        self._kernels.sample(plan.tail, logits, _columns(rows, plan).with_all(), tokens, failed, sound)
         return tokens, failed
 
     def _apply(self, p: _Processor, logits: Tensor, rows: DrawRows, start: int = 0) -> Tensor:
@@ -307,63 +283,11 @@ class Sampler:
         return checked_logits(p.processor, p.where, logits, view)
 
 
-class TritonDraw:
-    """The Triton kernels of a draw, which eager and captured tails share."""
-
-    def __init__(self) -> None:
-        from nanoengine.kernels import bitmask_triton, sampling_shard_triton, sampling_triton
-
-        self.mask_bits_ = bitmask_triton.mask_bits_
-        self._whole: Any = sampling_triton
-        self._shards: Any = sampling_shard_triton
-        self.tails: tuple[int, ...] = tuple(sampling_triton.Tail)
-        self.answer = sampling_shard_triton.answer
-
-    def tail(self, *, random: bool, cut: bool) -> int:
-        """The least that draws for such rows. cut: some row truncates."""
-        tails = self._whole.Tail
-        return int(tails.GREEDY if not random else tails.TRUNCATION if cut else tails.TEMPERATURE)
-
-    def sample(
-        self, tail: int, logits: Tensor, c: DrawColumns, tokens: Tensor, failed: Tensor, sound: Tensor | None = None
-    ) -> None:
-        top_k, top_p, min_p = (c.ops.get(op) for op in _TRUNCATION_ORDER)
-        self._whole.sample(
-            logits, self._whole.Tail(tail), tokens, failed, **_key(c), top_k=top_k, top_p=top_p, min_p=min_p,
-            sound=sound,
-        )  # fmt: skip
-
-    def best_keys(self, tail: int, logits: Tensor, start: int, c: DrawColumns) -> Tensor:
-        keys: Tensor = self._shards.best_keys(logits, self._whole.Tail(tail), start, **_key(c))
-        return keys
-
-
-def _key(c: DrawColumns) -> dict[str, Any]:
-    temperature = c.ops.get(StandardOp.TEMPERATURE)
-    return {
-        "greedy": c.greedy, "temperature": temperature,
-        "seeds": c.seeds, "positions": c.positions, "sample_index": c.sample_index, "at": c.at, "early": c.early,
-    }  # fmt: skip
-
-
 def _columns(rows: DrawRows, plan: DrawPlan) -> DrawColumns:
-    ops: dict[StandardOp, Tensor] = {}
-    for op, (processor, column) in plan.ops.items():
-        values = rows.columns[processor][column]
-        assert isinstance(values, Tensor), (processor, column)
-        ops[op] = values
-    return DrawColumns(rows.greedy, rows.seeds, rows.positions, rows.sample_index, ops)
-
-
-def _with_neutral(c: DrawColumns) -> DrawColumns:
-    """A column for each operation, as in a graph, so that the same compiled kernels serve: the neutral value where no
-    row wants it."""
-    neutral = {
-        op: torch.full((len(c.seeds),), value, dtype=dtype, device=c.seeds.device)
-        for op, (value, dtype) in _NEUTRAL.items()
-        if op not in c.ops
-    }
-    return replace(c, ops={**neutral, **c.ops})
+    ops: dict[str, Any] = {op.value: rows.columns[processor][column] for op, (processor, column) in plan.ops.items()}
+    return DrawColumns(
+        greedy=rows.greedy, seeds=rows.seeds, positions=rows.positions, sample_index=rows.sample_index, **ops
+    )
 
 
 def _part(history: Tensor | None, own: slice) -> Tensor | None:
@@ -375,43 +299,3 @@ def _forbid_stop(logits: Tensor, rows: DrawRows) -> None:
     assert rows.min_lens is not None and rows.stop_ids is not None
     early, stop = (rows.positions < rows.min_lens)[:, None], rows.stop_ids
     sampling.forbid_(logits, stop.values, early & sampling.filled(stop.counts, stop.values.shape[1]))
-
-
-def draw_tokens(logits: Tensor, c: DrawColumns, *, random: bool, start: int = 0) -> tuple[Tensor, Tensor]:
-    """Columns int64 [R] and their scores [R], finite where a token was possible. Column 0 is id `start`."""
-    if not random:
-        return _argmax(logits)
-    keys = draw_keys(c.seeds, c.positions, c.sample_index)
-    if not sampling.on_host(logits):
-        greedy_ids, greedy_scores = _argmax(logits)
-        ids, scores = _draw_random(logits, keys, c.ops, start)
-        return torch.where(c.greedy, greedy_ids, ids), torch.where(c.greedy, greedy_scores, scores)
-    chosen = (~c.greedy).nonzero().flatten()
-    if len(chosen) == len(logits):
-        return _draw_random(logits, keys, c.ops, start)
-    ids, scores = _argmax(logits)
-    ops = {op: column[chosen] for op, column in c.ops.items()}
-    ids[chosen], scores[chosen] = _draw_random(logits[chosen], keys[chosen], ops, start)
-    return ids, scores
-
-
-def _argmax(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """The first of the highest, int64 [R], and its logit."""
-    ids = logits.argmax(-1)
-    return ids, logits.gather(1, ids[:, None]).squeeze(1)
-
-
-def _draw_random(logits: Tensor, keys: Tensor, ops: Mapping[StandardOp, Tensor], start: int) -> tuple[Tensor, Tensor]:
-    """Temperature, truncation and draw; overwrites the logits."""
-    if StandardOp.TEMPERATURE in ops:
-        sampling.scale_by_temperature_(logits, ops[StandardOp.TEMPERATURE])
-    top_k, top_p, min_p = (ops.get(op) for op in _TRUNCATION_ORDER)
-    if top_k is not None or top_p is not None or min_p is not None:
-        return sampling.draw_truncated(logits, keys, top_k, top_p, min_p, start)
-    return sampling.draw(logits, keys, start)
-
-
-def vocab_slice(vocab_size: int, tp: TensorParallelGroup) -> tuple[int, int]:
-    """First id of this rank's slice of the vocabulary, and the id behind its last."""
-    width = padded_length(vocab_size, tp.size)
-    return min(tp.rank * width, vocab_size), min((tp.rank + 1) * width, vocab_size)

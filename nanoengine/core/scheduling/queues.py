@@ -10,9 +10,10 @@ from typing import Any
 from nanoengine.api.errors import RequestError
 from nanoengine.api.policies import QueuedRequest
 from nanoengine.api.policy_checks import CheckedPolicy
+from nanoengine.api.stats import EngineStats
 from nanoengine.core.request import Request, Status
 from nanoengine.core.scheduling.block_manager import BlockManager
-from nanoengine.core.scheduling.messages import EngineStats, Preemption, SchedulerConfig
+from nanoengine.core.scheduling.messages import Preemption, SchedulerConfig
 from nanoengine.core.scheduling.speculation import Speculation
 
 _PLACE, _RANK = attrgetter("place"), attrgetter("rank")
@@ -93,7 +94,7 @@ class Roster:
 
     def unseat(self, request: Request) -> None:
         """Back to its place in the queue, as if it had not been admitted."""
-        self._stats.uncount_admission(request)
+        self._count(request, -1)
         self._release(request)
         request.generation -= 2  # one of `seat`, one of `_release`: no step has rows of either
         self._enqueue(request, returned=True)
@@ -112,7 +113,8 @@ class Roster:
         self.tell(self.policy.queued, request, returned)
 
     def seat(self, request: Request) -> None:
-        """Waiting -> running in a slot. Raises `RequestError` where the policy does."""
+        """Waiting -> running in a slot, with the blocks that it was given. Raises `RequestError` where the policy
+        does."""
         request.rank = (*self.policy.running_key(request.queued), self._admissions)
         self._dequeue(request)
         request.status = Status.RUNNING
@@ -122,9 +124,19 @@ class Roster:
         self._admissions += 1
         self.owners[request.slot] = (request, request.generation)
         insort(self.running, request, key=_RANK)
+        self._count(request, 1)
         if self.policy.counts and not request.billed:
             request.billed = True
             self.tell(self.policy.served, request, request.num_tokens - request.capacity, 0)
+
+    def _count(self, request: Request, times: int) -> None:
+        """An admission; -1 times: it did not take place. Its first blocks are those that the prefix cache held."""
+        if request.generation == 1:
+            request.num_cached = request.borrowed if times > 0 else None
+            self._stats.prompt_tokens += times * request.num_tokens
+            self._stats.prefix_hit_tokens += times * request.borrowed
+        else:
+            self._stats.resumed_hit_tokens += times * request.borrowed
 
     def _release(self, request: Request) -> None:
         """It owns nothing and is in no queue from here on. Slot and blocks may be reused at once: one stream orders the

@@ -16,14 +16,15 @@ from typing import Literal
 
 from nanoengine.api.errors import RequestError, engine_failure, is_failure
 from nanoengine.api.policy_checks import CheckedPolicy
+from nanoengine.api.stats import EngineStats
 from nanoengine.core.request import Request, Status
 from nanoengine.core.scheduling.block_manager import BlockManager, Hits
 from nanoengine.core.scheduling.commit import commit_rows, take_back_rows
 from nanoengine.core.scheduling.draft import Draft, TokenBudget, build_plan
-from nanoengine.core.scheduling.messages import Admission, EngineStats, ScheduledStep, SchedulerConfig, Update
+from nanoengine.core.scheduling.messages import Admission, ScheduledStep, SchedulerConfig, Update
 from nanoengine.core.scheduling.queues import Roster, refuse_misfit
 from nanoengine.core.scheduling.speculation import Speculation
-from nanoengine.core.step import StepPlan, StepResult, num_slots
+from nanoengine.core.step import GRAPH_DECODE, GRAPH_MIXED, GRAPH_TAIL, StepPlan, StepResult, num_slots
 
 LEAST_FORCED = 3  # tokens: for fewer it is not worth that a request misses a step before and behind their row
 Verdict = Literal["admitted", "waits", "no room", "failed"]  # "waits": for a hit that this very step computes
@@ -274,9 +275,8 @@ class Scheduler:
         """A slot, blocks and its first tokens, if there is room for all its known tokens and `reserve` blocks more."""
         if not self.blocks.claim(request, hits, request.num_tokens, reserve):
             return False
-        self._roster.seat(request)
         cached = request.num_computed = request.borrowed = request.capacity
-        self._stats.count_admission(request, cached)
+        self._roster.seat(request)
         num_new = min(request.num_tokens - cached, draft.budget)
         grew = self.blocks.grow(request, cached + num_new)
         assert grew, "claim() saw room for the whole request"
@@ -353,8 +353,9 @@ class Scheduler:
         assert result.step == step.plan.step == next(iter(self._in_flight), None), "steps are committed in order"
         del self._in_flight[result.step]
         self._budget.went_well()
-        if result.graphs:
-            self._stats.count_graphs(result.graphs)
+        self._stats.graph_steps += bool(result.graphs & GRAPH_DECODE)
+        self._stats.mixed_graph_steps += bool(result.graphs & GRAPH_MIXED)
+        self._stats.graph_tails += bool(result.graphs & GRAPH_TAIL)
         rows = zip(step.rows, step.plan.drafts.tolist(), result.counts.tolist(), strict=False)  # without drafts: none
         drafted = [(r, most, max(0, n - 1)) for (r, _), most, n in rows if not (r.jumps or r.status is Status.FINISHED)]
         updates = commit_rows(step, result, self._roster)

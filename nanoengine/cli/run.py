@@ -28,9 +28,9 @@ from nanoengine.cli.common import (
 )
 from nanoengine.cli.parent import end_with_parent
 from nanoengine.cli.threads import CHOSEN
-from nanoengine.core.request import request_seed
 from nanoengine.observe.files import user_path
 from nanoengine.observe.progress import Progress
+from nanoengine.params.seeds import request_seed
 from nanoengine.setup.config.config import RunConfig, load_config
 from nanoengine.setup.config.prompts import STDIN, Prompt, PromptFile, PromptRow, read_prompts
 from nanoengine.setup.plugins.discover import discover

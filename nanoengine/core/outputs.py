@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from nanoengine.api.deltas import FinishReason, Float32, LogprobRows, RequestDelta, SampleDelta, join_rows
 from nanoengine.api.errors import ParamsError, RequestError
-from nanoengine.core.request import Request, int32_bytes, request_seed
+from nanoengine.core.request import Request, int32_bytes
 from nanoengine.core.scheduling.messages import Update
 from nanoengine.params.generated import NOTHING, Beginning
 from nanoengine.params.input_processor import CheckedRequest
 from nanoengine.params.preparation import Task
+from nanoengine.params.seeds import request_seed
 
 Sink = Callable[[RequestDelta], None]
 ALL = -2  # samples of a request
@@ -55,8 +55,7 @@ class RequestState:
     ordinal: int = 0  # its number among all requests of the engine
     samples: list[SampleState] = field(default_factory=list)
     aborted: list[int] = field(default_factory=list)  # samples that were aborted before the request started
-    cache_key: bytes = b""  # this and the next two: as in `Request`
-    prompt_bytes: bytes = b""
+    prompt_bytes: bytes = b""  # this and the next one: as in `Request`
     block_hashes: Sequence[bytes] = ()
     task: Task | None = None  # what must be done before it starts
     first_scheduled: float | None = None  # seconds on the monotonic clock
@@ -67,9 +66,8 @@ class RequestState:
 
     def hash_prompt(self, hashes_of: Callable[[bytes, bytes], Sequence[bytes]]) -> None:
         """Hash the prompt's blocks for the prefix cache, once for all samples. `hashes_of`: `BlockManager`'s."""
-        self.cache_key = _cache_key(self.given.params.cache_salt or "")
         self.prompt_bytes = int32_bytes(self.given.prompt_token_ids)
-        self.block_hashes = hashes_of(self.prompt_bytes, self.cache_key)
+        self.block_hashes = hashes_of(self.prompt_bytes, self.given.cache_key)
 
     def requests(self) -> Iterator[tuple[Request, Beginning]]:
         """The scheduler's requests, one for each sample, and what it begins with."""
@@ -88,7 +86,7 @@ class RequestState:
                 arrival=self.ordinal,
                 priority=given.priority,
                 client=given.client,
-                cache_key=self.cache_key,
+                cache_key=given.cache_key,
                 prompt_bytes=self.prompt_bytes,
                 block_hashes=[*self.block_hashes],
                 output_token_ids=[*begun.token_ids],
@@ -193,9 +191,3 @@ class Report:
             _, samples, prompts = several.setdefault(request.parent, (state, [], []))
             samples += made
             prompts += [] if prompt is None else [prompt]  # of one sample only
-
-
-def _cache_key(salt: str) -> bytes:
-    """What the prefix cache hashes and compares with each block: at most 64 bytes, however long the salt is."""
-    key = salt.encode()
-    return key if len(key) < 64 else hashlib.blake2b(key).digest()

@@ -48,7 +48,7 @@ class Request:
     priority: int = 0
     client: str = ""
     max_len: int = 0  # tokens at which it ends by length
-    cache_key: bytes = b""  # extra key of the prefix index: cache_salt, adapter, weights version
+    cache_key: bytes = b""  # extra key of the prefix index, of cache_salt
 
     status: Status = Status.WAITING
     output_token_ids: list[int] = field(default_factory=list)
@@ -129,15 +129,3 @@ class Request:
         self.num_computed -= num_tokens
         self.length -= drawn
         self.pick_check_at = 0
-
-
-_MASK = (1 << 64) - 1
-
-
-def request_seed(engine_seed: int, ordinal: int) -> int:
-    """A signed 64-bit seed from the engine's seed and the request's ordinal (splitmix64, Steele et al. 2014)."""
-    z = (engine_seed + (ordinal + 1) * 0x9E3779B97F4A7C15) & _MASK
-    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
-    z ^= z >> 31
-    return z - (1 << 64) if z >> 63 else z

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +32,12 @@ class CheckedRequest:
     priority: int = 0
     client: str = ""
     error: RequestError | None = None
+
+    @property
+    def cache_key(self) -> bytes:
+        """What the prefix cache hashes and compares with each block: at most 64 bytes, however long the salt is."""
+        key = (self.params.cache_salt or "").encode()
+        return key if len(key) < 64 else hashlib.blake2b(key).digest()
 
 
 class InputProcessor:

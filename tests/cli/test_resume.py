@@ -18,7 +18,7 @@ import pytest
 from typer.testing import Result
 
 from nanoengine.cli.run import Batch
-from nanoengine.core.request import request_seed
+from nanoengine.params.seeds import request_seed
 from nanoengine.testing.checkpoints import tiny_llama
 
 Run = Callable[..., Result]

@@ -23,7 +23,7 @@ from nanoengine.api.processors import Need
 from nanoengine.api.specs import StandardOp
 from nanoengine.core.execution.results import Drawn, LaunchedStep, PendingLogprobs
 from nanoengine.core.execution.sampler import DrawPlan, DrawRows, Sampler
-from nanoengine.core.execution.slots import SlotTables, overridden, ragged_places, upload
+from nanoengine.core.execution.slots import SlotTables, overridden, ragged_places
 from nanoengine.core.execution.step_inputs import GatheredStep, StepBuffers, StepRows, StepSize
 from nanoengine.core.step import (
     GRAPH_DECODE,
@@ -36,6 +36,7 @@ from nanoengine.core.step import (
     offsets_of,
 )
 from nanoengine.kernels import all_reduce, sampling
+from nanoengine.kernels.device import upload
 from nanoengine.kernels.draw import DrawColumns
 from nanoengine.kernels.host_ring import AnswerRing
 from nanoengine.kernels.pooling import span_sums

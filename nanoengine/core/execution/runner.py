@@ -7,11 +7,9 @@ they are awaited.
 
 from __future__ import annotations
 
-import gc
 import importlib
-import logging
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -20,25 +18,22 @@ import torch
 from nanoengine.api.attention import AttentionBackend
 from nanoengine.api.checks import CheckedModel
 from nanoengine.api.drafters import DeviceDrafter
-from nanoengine.api.errors import described, is_failure, is_out_of_memory
-from nanoengine.api.model import Attention, ForwardBatch, Model, ModelConfig
+from nanoengine.api.errors import is_out_of_memory
+from nanoengine.api.model import ForwardBatch, Model, ModelConfig
 from nanoengine.api.parallel import TensorParallelGroup
-from nanoengine.api.plugin_calls import name_of, place_and_fix
 from nanoengine.core.execution.finish_step import MASKED_DRAWS, FinishStep, Forwarded, Replayed, of_draws, pool
 from nanoengine.core.execution.graphs import CaptureSizes, StepGraphs
 from nanoengine.core.execution.results import LateStep, LaunchedStep, StepHandle, TailStep
 from nanoengine.core.execution.sampler import DrawPlan, Sampler
 from nanoengine.core.execution.step_inputs import StepBuffers, pad
 from nanoengine.core.step import GRAPH_TAIL, StepPlan, SuppliedColumn
-
-_log = logging.getLogger(__name__)
+from nanoengine.kernels.device import empty_cache, on_device
 
 
 class ModelRunner:
     """Runs step plans on one device, over the parts that it is given.
 
     Attributes:
-        layers: the model's attention layers by KV group, bound to `backends`, one a group.
         eager: no step is a graph, so that each module is called. capture: of module outputs, while one is made
             (`observe/taps.py`).
     """
@@ -50,15 +45,17 @@ class ModelRunner:
         tp: TensorParallelGroup,
         model: Model,
         config: ModelConfig,
-        layers: Sequence[Sequence[Attention]],
         backends: Sequence[AttentionBackend],
         buffers: StepBuffers,
         sampler: Sampler,
         sizes: CaptureSizes,
         drafter: DeviceDrafter | None = None,
+        release: Callable[[], None],
     ) -> None:
-        """sizes: of steps that are to have graphs. drafter: guesses the tokens behind each draw."""
-        self.device, self.tp, self.model, self.layers, self.backends = device, tp, model, layers, backends
+        """backends: one a KV group. sizes: of steps that are to have graphs. drafter: guesses the tokens behind each
+        draw. release: gives back what is not the runner's own."""
+        self.device, self.tp, self.model, self.backends = device, tp, model, backends
+        self._release = release
         self.buffers, self.tables, self.sampler = buffers, buffers.tables, sampler
         self.eager = False
         self.capture: Any = None
@@ -140,46 +137,6 @@ class ModelRunner:
 
     def release(self) -> None:
         """Drop everything the device holds, and give it back."""
-        release_caches(self.layers, self.backends)
+        release = self._release
         self.__dict__ = {"device": self.device}
-        free_unused(self.device)
-
-
-def release_caches(layers: Sequence[Sequence[Attention]], backends: Sequence[AttentionBackend]) -> None:
-    """Give the KV caches back; the layers are unbound."""
-    for backend in backends:
-        release(backend)
-    for group in layers:
-        for layer in group:
-            layer.unbind()
-
-
-def release(backend: AttentionBackend) -> None:
-    """One that fails keeps no other from giving its memory back."""
-    try:
-        backend.release()
-    except BaseException as error:
-        if not is_failure(error):
-            raise
-        where = name_of(type(backend))
-        _log.warning("%s.release failed: %s%s", where, described(error), place_and_fix(error, type(backend), where))
-
-
-def on_device(device: torch.device) -> AbstractContextManager[object]:
-    """Streams, events and kernels of this GPU, whatever the calling thread's current one is."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-
-
-def empty_cache(device: torch.device) -> None:
-    """Give back what torch's allocator keeps for later."""
-    if device.type == "cuda":
-        with torch.cuda.device(device):
-            torch.cuda.empty_cache()
-
-
-def free_unused(device: torch.device) -> None:
-    """Give what is not referred to any more back to the device."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)  # graphs in flight live until they end
-        gc.collect()
-        empty_cache(device)
+        release()

@@ -8,7 +8,6 @@ The last row is the dummy slot, which padding uses. Of what it sent the host kee
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,83 +22,13 @@ from nanoengine.api.processors import Need, RaggedColumn
 from nanoengine.api.specs import ColumnSpec, StandardOp
 from nanoengine.core.step import Int64, NewSlots, ProcessorColumn, StepPlan, SuppliedColumn, offsets_of
 from nanoengine.kernels import step_inputs
+from nanoengine.kernels.device import upload
 from nanoengine.kernels.step_inputs import SlotState
+from nanoengine.kernels.table_buffer import Key, Shapes, TableBuffer
 from nanoengine.params.engine_plan import ProcessorPlan
-
-Key = str | tuple[str, str]  # of a table: its name, or (processor, column)
-Shapes = dict[Key, tuple[tuple[int, ...], torch.dtype]]
 
 MIN_RAGGED_WIDTH = 8
 _PER_SLOT = ("num_tokens", "num_computed", "prompt_lens", "min_lens", "seeds", "sample_index")  # int64 [slots]
-ALIGNMENT = 4  # words; kernels read pointers that are multiples of 16 bytes faster
-
-
-def upload(array: npt.NDArray[Any], device: torch.device) -> Tensor:
-    """A host array on the device. Does not wait for the device, as a copy from memory that is not pinned would."""
-    host = torch.from_numpy(np.ascontiguousarray(array))
-    if device.type == "cuda":
-        host = host.pin_memory()  # from torch's cache; kept until the copy is done
-    return host.to(device, non_blocking=True)
-
-
-class TableBuffer:
-    """Tables of 4- and 8-byte elements in one int32 tensor, and the pending writes to them.
-
-    So all that the host writes in a step is one upload and one kernel. Writes take effect in their order; those of a
-    launch that raised before they did are sent with the next one's.
-
-    Attributes:
-        words: int32 [N], all tables. tables: zeroed views of it. first: the first word of each table.
-        pending: (int64 [K], int32 [K]) of each write: words and their values.
-    """
-
-    def __init__(self, shapes: Shapes, device: torch.device) -> None:
-        """Raises `ConfigError` for more words than an int32 can count."""
-        self.first: dict[Key, int] = {}
-        size = 0
-        for key, (shape, dtype) in shapes.items():
-            assert dtype.itemsize in (4, 8), dtype
-            self.first[key] = size = -(-size // ALIGNMENT) * ALIGNMENT
-            size += math.prod(shape) * dtype.itemsize // 4
-        if size >= 1 << 31:
-            raise ConfigError(
-                "the tables of so many slots take more than 8 GiB: lower engine.max_num_seqs, engine.spare_slots or "
-                "engine.max_model_len, or raise engine.block_size"
-            )
-        self.words = torch.zeros(size, dtype=torch.int32, device=device)
-        self.tables = {key: self._view(key, shape, dtype) for key, (shape, dtype) in shapes.items()}
-        self._dtypes = {key: np.dtype(str(dtype).removeprefix("torch.")) for key, (_, dtype) in shapes.items()}
-        self._overlap = False
-        self.pending: list[tuple[Int64, npt.NDArray[np.int32]]] = []
-
-    def _view(self, key: Key, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        count = math.prod(shape) * dtype.itemsize // 4
-        return self.words[self.first[key] :][:count].view(dtype).view(shape)
-
-    def write(self, key: Key, index: Int64, values: npt.NDArray[Any]) -> None:
-        """table.flatten()[index] = values, converted to the table's dtype."""
-        values = np.ascontiguousarray(values, dtype=self._dtypes[key])
-        if values.itemsize == 8:
-            index = (2 * index[:, None] + np.arange(2)).ravel()
-        self.pending.append((self.first[key] + index, values.view(np.int32)))
-
-    def will_overlap(self) -> None:
-        """Pending writes, and those up to the next `clear_pending`, may go to the same places: the last one counts."""
-        self._overlap = True
-
-    def pending_writes(self) -> npt.NDArray[np.int32]:
-        """[2, K]: words to be written, each once, and their values."""
-        if not self.pending:
-            return np.zeros((2, 0), dtype=np.int32)
-        words, values = (np.concatenate(parts) for parts in zip(*self.pending, strict=True))
-        if self._overlap:
-            words, last = np.unique(words[::-1], return_index=True)
-            values = values[::-1][last]
-        return np.stack((words, values), dtype=np.int32, casting="unsafe")
-
-    def clear_pending(self) -> None:
-        """The pending writes have taken effect, or will before whatever is launched from here on."""
-        self.pending, self._overlap = [], False
 
 
 class FixedTable:
@@ -300,7 +229,13 @@ class SlotTables:
         for key, spec in self.specs.items():
             if not (spec.ragged or spec.op is StandardOp.BITMASK):
                 shapes[key] = (n,) if spec.width is None else (n, spec.width), FixedTable.dtype(spec)
-        self.buffer = TableBuffer(shapes, self.device)
+        try:
+            self.buffer = TableBuffer(shapes, self.device)
+        except OverflowError as error:
+            raise ConfigError(
+                "the tables of so many slots take more than 8 GiB: lower engine.max_num_seqs, engine.spare_slots or "
+                "engine.max_model_len, or raise engine.block_size"
+            ) from error
         self.columns: dict[str, dict[str, Table]] = {}
         for key, spec in self.specs.items():
             table: Table = MaskTable(self.limits.vocab_size)

@@ -15,10 +15,11 @@ from torch import Tensor
 
 from nanoengine.api.attention import AttentionBackend, BatchLimits, StepInputs
 from nanoengine.api.plugin_calls import name_of, plugin_step
-from nanoengine.core.execution.slots import ALIGNMENT, SlotTables
+from nanoengine.core.execution.slots import SlotTables
 from nanoengine.core.step import Int32, Int64, StepPlan, offsets_of
 from nanoengine.kernels.host_ring import HostRing
 from nanoengine.kernels.step_inputs import StepInputBuffers
+from nanoengine.kernels.table_buffer import ALIGNMENT
 
 PREFILL_ROWS, MOST_PREFILL_ROWS = 8, 64  # of a graph with prefill tokens: up to FEW_TOKENS of them, and of more
 FEW_TOKENS = 2048

@@ -16,9 +16,10 @@ from torch import Tensor
 from nanoengine.api.errors import ModelError, described, is_failure, is_out_of_memory
 from nanoengine.core.execution.finish_step import MASKED_DRAWS, CapturedTail, FinishStep
 from nanoengine.core.execution.graphs import StepGraphs
-from nanoengine.core.execution.runner import ModelRunner, empty_cache
+from nanoengine.core.execution.runner import ModelRunner
 from nanoengine.core.execution.step_inputs import StepSize
 from nanoengine.kernels.compile_ahead import compiling_ahead
+from nanoengine.kernels.device import empty_cache
 
 _log = logging.getLogger(__name__)
 _FAILED = "CUDA graph capture failed, running eagerly: %s"

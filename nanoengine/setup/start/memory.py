@@ -11,7 +11,7 @@ import torch
 
 from nanoengine.api.attention import BatchLimits
 from nanoengine.api.errors import ConfigError, DeviceMemoryError
-from nanoengine.core.execution.runner import empty_cache
+from nanoengine.kernels.device import empty_cache
 from nanoengine.params.engine_options import EngineOptions
 from nanoengine.setup.start.clock import Dequantised, Phase, Quantised
 from nanoengine.setup.start.graph_sizes import MIXED_DECODE_ROWS

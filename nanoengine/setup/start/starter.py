@@ -18,17 +18,12 @@ from nanoengine.api.parallel import TensorParallelGroup
 from nanoengine.api.plugin_calls import name_of, plugin_call
 from nanoengine.api.processors import ProcessorContext
 from nanoengine.api.sources import cache_root
-from nanoengine.core.execution.runner import (
-    ModelRunner,
-    free_unused,
-    on_device,
-    release,
-    release_caches,
-)
+from nanoengine.core.execution.runner import ModelRunner
 from nanoengine.core.execution.sampler import Sampler
 from nanoengine.core.execution.slots import SlotLimits, SlotTables
 from nanoengine.core.execution.step_inputs import StepBuffers
 from nanoengine.core.step import num_slots
+from nanoengine.kernels.device import on_device
 from nanoengine.kernels.ops import KernelChoice, RealTokens, ops_for
 from nanoengine.params.engine_options import EngineOptions
 from nanoengine.params.engine_plan import EnginePlan
@@ -63,6 +58,7 @@ from nanoengine.setup.start.memory import (
 from nanoengine.setup.start.processors import build_processors
 from nanoengine.setup.start.profile_notes import ProfileNotes, notes_path
 from nanoengine.setup.start.quantization import packed_format
+from nanoengine.setup.start.release import free_unused, release, release_caches
 from nanoengine.setup.start.shortage import with_less
 from nanoengine.setup.start.weights import dummy_weights, load_weights
 
@@ -169,6 +165,7 @@ class _Start:
         return runner, replace(report, eager_reason=eager, phases=self.clock.report().phases)
 
     def _undo(self) -> None:
+        """Gives back all that is not the model's or a runner's."""
         release_caches(self.layers, self.backends)
         self.layers = self.backends = ()
         free_unused(self.device)
@@ -208,12 +205,12 @@ class _Start:
             tp=self.tp,
             model=built.model,
             config=built.config,
-            layers=self.layers,
             backends=self.backends,
             buffers=buffers,
             sampler=sampler,
             sizes=sizes,
             drafter=self._make_drafter(slot_limits),
+            release=self._undo,
         )
 
     def _make_drafter(self, limits: SlotLimits) -> DeviceDrafter | None:

@@ -6,7 +6,7 @@ Values are those of `gguf.dequantize`, bit for bit: float32, by the same operati
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -48,6 +48,15 @@ def dequantise(blocks: Tensor, kind: str) -> Tensor:
     each = blocks.reshape(-1, type_.size)
     values = type_.decode(each, type_.codes(each))
     return values.view(*blocks.shape[:-1], type_.width(blocks.shape[-1]))
+
+
+def dummy_blocks(bits: Tensor, kind: str, deviation: float) -> Tensor:
+    """uint8 [..., bytes of a row] of random bits -> blocks with scales for which weights have this deviation."""
+    blocks = bits.reshape(-1, BLOCK_TYPES[kind].size).clone()
+    for at, value in _DUMMY_HALVES[kind].items():
+        half = torch.tensor([value * deviation], dtype=torch.float16)
+        blocks[:, at : at + 2] = half.view(torch.uint8).to(blocks.device)
+    return blocks.view(bits.shape)
 
 
 def gguf_linear(
@@ -161,3 +170,16 @@ _TYPES = (
     BlockType("Q6_K", 256, 210, _q6_k_codes, _q6_k),
 )
 BLOCK_TYPES = {each.name: each for each in _TYPES}
+
+_FOUR, _FIVE, _EIGHT = 1 / 4.61, 1 / 9.23, 1 / 73.9  # over the deviation of codes of so many bits
+_DUMMY_HALVES: Mapping[str, Mapping[int, float]] = {
+    "Q4_0": {0: _FOUR},
+    "Q4_1": {0: _FOUR, 2: -7.5 * _FOUR},
+    "Q5_0": {0: _FIVE},
+    "Q5_1": {0: _FIVE, 2: -15.5 * _FIVE},
+    "Q8_0": {0: _EIGHT},
+    "Q4_K": {0: 1 / 258, 2: 7.5 / 258},
+    "Q5_K": {0: 1 / 527, 2: 15.5 / 527},
+    "Q6_K": {208: 1 / 1366},
+}
+"""The float16 numbers of a block, by the first byte, for which random codes give weights of mean 0 and deviation 1."""

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
+from torch import Tensor
+
 from nanoengine.api import ModelError, ShardSpec, WeightLayer
 
-__all__ = ["divided", "one_each", "per_output", "transposed"]
+__all__ = ["divided", "dummy_bits", "one_each", "per_output", "transposed"]
+
+DUMMY_DEVIATION = 0.02  # of dummy weights, which are uniform around 0
 
 
 def divided(layer: WeightLayer, weight: ShardSpec, *, outputs: int = 1, inputs: int = 1) -> ShardSpec:
@@ -64,3 +69,10 @@ def one_each(name: str, weight: ShardSpec, spec: ShardSpec) -> dict[str, ShardSp
     """Names and specs of a parameter `name` of each fused part, or of the one weight: for what has no dimension that
     parts could be joined along, as a scale of a whole tensor."""
     return {f"{name}:{part}": spec for part, _ in weight.parts} or {name: spec}
+
+
+def dummy_bits(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Dummy weights as integers of `dtype` (int32 or uint8) all of whose bits are random, for codes that are packed."""
+    words = (values.double() / (DUMMY_DEVIATION * 3**0.5) * 2.0**31).clamp_(-(2.0**31), 2.0**31 - 1).to(torch.int32)
+    words ^= words >> 16  # a float has no random bits for the lowest ones
+    return words if dtype == torch.int32 else (words >> 24).to(dtype)

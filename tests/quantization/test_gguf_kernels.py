@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from gguf_blocks import KINDS, expected, random_blocks
 
 from nanoengine.kernels import gguf as kernels
-from nanoengine.kernels.gguf import BLOCK_TYPES, dequantise, gguf_linear, gguf_rows
+from nanoengine.kernels.gguf import BLOCK_TYPES, dequantise, dummy_blocks, gguf_linear, gguf_rows
 
 pytestmark = pytest.mark.parametrize("kind", KINDS)
 
@@ -33,6 +33,13 @@ def test_decoded_bit_for_bit(kind: str) -> None:
     nan = want.isnan()
     assert torch.equal(got.isnan(), nan)
     assert torch.equal(got[~nan].view(torch.int32), want[~nan].view(torch.int32))
+
+
+def test_dummy_blocks_are_weights_of_the_deviation_that_was_asked_for(kind: str) -> None:
+    bits = torch.from_numpy(np.random.default_rng(4).integers(0, 256, (64, 4 * BLOCK_TYPES[kind].size), np.uint8))
+    weights = dequantise(dummy_blocks(bits, kind, 0.02), kind)
+    assert weights.std().item() == pytest.approx(0.02, rel=0.03)
+    assert weights.mean().abs() < 0.003
 
 
 @pytest.mark.parametrize("rows", [0, 1, 5])

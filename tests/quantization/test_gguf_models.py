@@ -79,6 +79,16 @@ def test_a_model_of_one_type_equals_its_dequantised_one(kind: str, tmp_path: Pat
 
 
 @pytest.mark.usefixtures("kept")
+def test_dummy_weights_are_blocks_of_random_codes(tmp_path: Path) -> None:
+    """Layers of one type and of several: log-probs differ, and are finite."""
+    packed, _ = checkpoint(tmp_path, MIX)
+    _, found, llm = answers(packed, load_format="dummy")
+    assert len(set(found)) > 6
+    assert torch.tensor(found).isfinite().all()
+    assert {"gguf Q8_0 + Q5_0", "gguf Q5_K"} <= labels(llm).keys()
+
+
+@pytest.mark.usefixtures("kept")
 @pytest.mark.parametrize("tied", [False, True])
 def test_parts_of_different_types_equal_the_dequantised_model(tied: bool, tmp_path: Path) -> None:
     """Also a part that is plain, and an output layer that is tied to the embedding."""

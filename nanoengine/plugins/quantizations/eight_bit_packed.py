@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from nanoengine.api import ModelError, Shard, ShardSpec, WeightLayer
-from nanoengine.layers.quantised import divided, one_each
+from nanoengine.layers.quantised import divided, dummy_bits, one_each
 from nanoengine.plugins.quantizations.eight_bit import EightBitLinear, Scheme, stored_as
-from nanoengine.plugins.quantizations.int4 import dummy_words
 
 _WORDS, _PER_WORD, _SHAPE = "weight_packed", 4, "weight_shape"
 
@@ -36,7 +35,7 @@ class PackedEightBit(EightBitLinear):
             layer.add_weight(name, spec, torch.int64)
 
     def load(self, layer: WeightLayer, name: str, shard: Shard, values: Tensor) -> None:
-        words = dummy_words(values) if name == _WORDS and values.is_floating_point() else values
+        words = dummy_bits(values, torch.int32) if name == _WORDS and values.is_floating_point() else values
         WeightLayer.load_shard(layer, name, shard, words)
 
     def finish(self, layer: WeightLayer) -> None:

@@ -24,10 +24,10 @@ from nanoengine.api import (
     WeightLayer,
 )
 from nanoengine.kernels.activation import Activation
-from nanoengine.kernels.gguf import BLOCK_TYPES, dequantise
+from nanoengine.kernels.gguf import BLOCK_TYPES, dequantise, dummy_blocks
 from nanoengine.kernels.matmul import Ahead
 from nanoengine.layers.linear import Unquantised
-from nanoengine.layers.quantised import divided
+from nanoengine.layers.quantised import DUMMY_DEVIATION, divided, dummy_bits
 from nanoengine.plugins.quantizations.ahead import next_norm_of
 from nanoengine.plugins.quantizations.gguf_stores import Store, store_for
 
@@ -126,6 +126,9 @@ class GgufMethod(LinearMethod):
         self._pieces.append(_Piece(name, kind, start, start + outputs))
 
     def load(self, layer: WeightLayer, name: str, shard: Shard, values: Tensor) -> None:
+        kind = next((piece.kind for piece in self._pieces if piece.name == name), "")
+        if kind and values.is_floating_point():  # dummy weights
+            values = dummy_blocks(dummy_bits(values, torch.uint8), kind, DUMMY_DEVIATION)
         WeightLayer.load_shard(layer, name, shard, values)
 
     def finish(self, layer: WeightLayer) -> None:

@@ -17,13 +17,12 @@ from nanoengine.kernels.int4 import SYMMETRIC_ZERO, UNIT, Int4Weight
 from nanoengine.kernels.int4_cpu import int4_tiles
 from nanoengine.kernels.matmul import Ahead, Scaled
 from nanoengine.kernels.ops import CpuOps
-from nanoengine.layers.quantised import divided, one_each, per_output, transposed
+from nanoengine.layers.quantised import divided, dummy_bits, one_each, per_output, transposed
 from nanoengine.plugins.quantizations import int4_layouts as layouts
 from nanoengine.plugins.quantizations.ahead import next_norm_of
 from nanoengine.plugins.quantizations.int4_layouts import Int4Format
 
 _BIAS = "bias:"  # of each part, of layers that have none in the model
-_LARGEST_DUMMY = 0.02 * 3**0.5
 
 
 class Int4(LinearMethod):
@@ -92,7 +91,7 @@ class Int4(LinearMethod):
         if into.is_floating_point() or not values.is_floating_point():
             into.copy_(values)
         elif name == self._format.codes:  # dummy weights: any bits are codes; groups and zeros stay as they are
-            into.copy_(dummy_words(values))
+            into.copy_(dummy_bits(values, torch.int32))
 
     def finish(self, layer: WeightLayer) -> None:
         assert self._spec is not None
@@ -176,11 +175,6 @@ class Int4(LinearMethod):
     def _of_parts(self, layer: WeightLayer, name: str) -> list[str]:
         """Names of the parameters `name` or, in order, `name:part`."""
         return [each for each in layer.specs if name and each.partition(":")[0] == name]
-
-
-def dummy_words(values: Tensor) -> Tensor:
-    """Dummy weights, floats -> words of 32 bits with any codes."""
-    return (values.double() / _LARGEST_DUMMY * 2.0**31).clamp_(-(2.0**31), 2.0**31 - 1).to(torch.int32)
 
 
 @dataclass(frozen=True, slots=True)

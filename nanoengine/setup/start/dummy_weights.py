@@ -11,9 +11,9 @@ from torch import Tensor
 from nanoengine.api.model import Model
 from nanoengine.api.parallel import TensorParallelGroup
 from nanoengine.api.sharding import Shard
+from nanoengine.layers.quantised import DUMMY_DEVIATION
 from nanoengine.layers.sharding import finish_layers, weight_layers
 
-_STD = 0.02
 # Elements that are hashed at a time. On a CPU they fit in a core's cache, and torch starts no threads for so few. On
 # other devices the number of launches counts, about ten each.
 _CPU_CHUNK, _CHUNK = 1 << 15, 1 << 24
@@ -56,7 +56,7 @@ def _hash_uniform(values: Tensor, shard: Shard, key: bytes) -> None:
     step = max(1, chunk // max(1, columns.numel()))
     for i in range(0, len(values), step):
         part = values[i : i + step]
-        part.copy_(_mix(columns + rows[i : i + step], low, high)).mul_(_STD * math.sqrt(3) / 2**31)
+        part.copy_(_mix(columns + rows[i : i + step], low, high)).mul_(DUMMY_DEVIATION * math.sqrt(3) / 2**31)
 
 
 def _mix(x: Tensor, low: int, high: int) -> Tensor:

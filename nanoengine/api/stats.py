@@ -37,7 +37,8 @@ class EngineStats:
         steps: steps launched. mixed_steps: of them, with decode and prefill rows. chunks: prefill rows that were only a
             part of what was left to compute.
         graph_steps, mixed_graph_steps, graph_tails: finished steps of which a CUDA graph was replayed: of a decode
-            step's model, of a mixed step's model, of the sampling behind either.
+            step's model, of a mixed step's model, of the sampling behind either. uncaptured_steps: those that ran
+            eagerly because their graph could not be captured.
         steps_withdrawn: launched steps that were not booked, as memory ran out: their rows were scheduled again, fewer
             tokens at once.
         steps_broken: steps of several requests that raised: each ran again by itself, which is slow.
@@ -58,6 +59,7 @@ class EngineStats:
     graph_steps: int = 0
     mixed_graph_steps: int = 0
     graph_tails: int = 0
+    uncaptured_steps: int = 0
     steps_withdrawn: int = 0
     steps_broken: int = 0
     preemptions: int = 0

@@ -21,7 +21,7 @@ Int64 = npt.NDArray[np.int64]
 Float32 = npt.NDArray[np.float32]
 Bool = npt.NDArray[np.bool_]
 
-GRAPH_DECODE, GRAPH_MIXED, GRAPH_TAIL = 1, 2, 4  # bits of `StepResult.graphs`
+GRAPH_DECODE, GRAPH_MIXED, GRAPH_TAIL, GRAPH_MISSING = 1, 2, 4, 8  # bits of `StepResult.graphs`
 POOL_LAST, POOL_ALL = 1, 2  # values of `StepPlan.pooled`
 ROW_FINE, ROW_BAD_LOGITS, ROW_NOTHING_LEFT = 0, 1, 2  # values of `StepResult.failed`
 
@@ -207,7 +207,8 @@ class StepResult:
             a failed row mean nothing.
         prompt_logprobs: one entry a prompt position that asked.
         pooled: float32, flat; the sum of each row that pools, [P, hidden size].
-        graphs: which parts ran as replayed CUDA graphs: a sum of `GRAPH_DECODE`, `GRAPH_MIXED`, `GRAPH_TAIL`.
+        graphs: which parts ran as replayed CUDA graphs: a sum of `GRAPH_DECODE`, `GRAPH_MIXED`, `GRAPH_TAIL`; or
+            `GRAPH_MISSING`: none, as its capture failed.
     """
 
     step: int = 0

@@ -13,7 +13,7 @@ from nanoengine.core.request import Request
 from nanoengine.core.scheduling.block_manager import BlockUse
 from nanoengine.core.scheduling.messages import Admission, Preemption, ScheduledStep
 from nanoengine.core.scheduling.scheduler import Scheduler
-from nanoengine.core.step import GRAPH_DECODE, GRAPH_MIXED, GRAPH_TAIL, StepResult
+from nanoengine.core.step import GRAPH_DECODE, GRAPH_MISSING, GRAPH_MIXED, GRAPH_TAIL, StepResult
 
 
 class Span(NamedTuple):
@@ -120,9 +120,10 @@ class StepRecord:
 
     @property
     def graph(self) -> str:
-        """Which parts ran as replayed CUDA graphs: "none", "decode", "mixed", "decode, tail" and so on."""
-        names = ((GRAPH_DECODE, "decode"), (GRAPH_MIXED, "mixed"), (GRAPH_TAIL, "tail"))
-        return ", ".join(name for bit, name in names if self.graphs & bit) or "none"
+        """Which parts ran as replayed CUDA graphs: "none", "decode", "mixed", "decode, tail" and so on; "not
+        captured" where a capture failed."""
+        names = {GRAPH_DECODE: "decode", GRAPH_MIXED: "mixed", GRAPH_TAIL: "tail", GRAPH_MISSING: "not captured"}
+        return ", ".join(name for bit, name in names.items() if self.graphs & bit) or "none"
 
 
 Observer = Callable[[StepRecord], None]

@@ -155,7 +155,7 @@ def test_many_prompts_are_one_step_without_decode_rows_or_behind_them(
     monkeypatch.setattr(starter, "capture_sizes", lambda *_, **__: sizes)
     monkeypatch.setattr(starter, "batch_limits", lambda options: replace(batch_limits(options), max_tokens=112))
     asked = prompts(12, shortest=8, longest=12)
-    with mock_llm(tmp_path, max_num_seqs=12, max_num_batched_tokens=100) as llm:
+    with mock_llm(tmp_path, max_num_seqs=12, max_num_batched_tokens=100, lazy_graphs=True) as llm:
         assert tokens_of(llm.generate(asked, GREEDY, use_tqdm=False)) == [greedy(p, 6) for p in asked]
         stats = llm.stats()
     assert stats.mixed_graph_steps == captured["replay mixed"] == captured["tail mixed"] > 1
@@ -223,6 +223,34 @@ def test_rows_with_drafts(
         assert llm.stats().steps_broken == 0
     assert captured["replay drafts"] > captured["tail drafts"] > 0
     assert 0 < oracle.accepted < oracle.drafted
+
+
+@pytest.mark.parametrize("missing", ["run mixed", "run_tail mixed", "run_tail decode", "run drafts"])
+def test_only_steps_whose_graph_cannot_be_captured_are_eager(
+    tmp_path: Path, captured: Counter[str], monkeypatch: pytest.MonkeyPatch, missing: str
+) -> None:
+    """One of the kinds runs out of memory in each capture, which drops all others: they are captured again."""
+    sizes, stub = (*SIZES, StepSize(4, query_len=4)), setup_capture.captured
+
+    def capture(run: Any, *rest: Any) -> Any:
+        kind = "mixed" if run.args[0].prefill_tokens else "drafts" if run.args[0].query_len > 1 else "decode"
+        if missing == f"{run.func.__name__} {kind}":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return stub(run, *rest)
+
+    monkeypatch.setattr(setup_capture, "captured", capture)
+    monkeypatch.setattr(starter, "capture_sizes", lambda *_, **__: CaptureSizes(sizes, tail=True, inputs=True))
+    with mock_llm(tmp_path, max_num_seqs=4, max_num_batched_tokens=36, lazy_graphs=True) as llm:
+        want = [greedy(p, 6) for p in ASKED[:4]]
+        assert tokens_of(llm.generate(ASKED[:4], GREEDY, use_tqdm=False)) == want
+        with_device_drafts(llm, ASKED[:4], want, tokens=3, accuracy=0.7)
+        assert tokens_of(llm.generate(ASKED[:4], GREEDY, use_tqdm=False)) == want
+        stats = llm.stats()
+    kinds = {"mixed", "decode", "drafts"} - {missing.split()[1]}
+    assert all(captured[f"replay {kind}"] > 0 for kind in kinds), captured
+    assert captured[f"replay {missing.split()[1]}"] == 0
+    assert stats.uncaptured_steps > 0
+    assert stats.steps_broken == stats.steps_withdrawn == 0
 
 
 def test_rows_with_drafts_on_attention_kernels(
@@ -298,7 +326,7 @@ def test_masks_that_come_late_and_the_draw_behind_them(
     found, stats = late_outputs(tmp_path)
     assert found == late_wanted
     assert stats.graph_tails == stats.graph_steps + stats.mixed_graph_steps > 4
-    assert len(tried) == (2 if failures == 99 else len(graphs) + failures)
+    assert len(tried) == (4 if failures == 99 else len(graphs) + failures)  # two sizes, twice
     assert bool(graphs) is (failures < 99)
     assert captured["tail decode"] + captured["tail mixed"] < stats.graph_tails - 3
 

@@ -15,7 +15,7 @@ import torch
 from nanoengine import LLM, SamplingParams
 from nanoengine.api.errors import ConfigError, DeviceMemoryError
 from nanoengine.api.layers import WeightLayer
-from nanoengine.core.execution.graphs import CaptureSizes
+from nanoengine.core.execution.graphs import CaptureSizes, StepGraphs
 from nanoengine.core.execution.slots import SlotTables
 from nanoengine.core.execution.step_inputs import StepBuffers, StepSize
 from nanoengine.core.step import num_slots
@@ -406,27 +406,58 @@ def test_graphs_are_captured_when_a_step_first_wants_them(
         assert llm.stats().graph_steps > 20
 
 
-def test_after_a_capture_that_fails_in_a_step_every_step_is_eager(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("fault", ["memory", "memory of the run before it", "other"])
+def test_a_capture_that_fails_in_a_step_leaves_only_its_size_eager_and_is_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, fault: str
 ) -> None:
+    tried, broken, pools = list[int](), [True], list[object]()
+
     def captured(run: Any, *_: Any) -> Any:
-        graph = eager_graph(run)
-        if run.args[0].decode_rows > 2:
-            raise RuntimeError("operation not permitted when stream is capturing")
-        return graph
+        tried.append(run.args[0].decode_rows)
+        if broken and tried[-1] == 4:
+            raise OutOfMemory("CUDA out of memory") if fault == "memory" else RuntimeError("not in a capture")
+        return eager_graph(run)
+
+    def run_out(self: StepGraphs, size: StepSize) -> Any:
+        if broken and size.decode_rows == 4 and fault == "memory of the run before it":
+            raise OutOfMemory("CUDA out of memory")
+        return run(self, size)
 
     capturing(monkeypatch, captured)
+    run = StepGraphs.run
+    monkeypatch.setattr(StepGraphs, "run", run_out)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: pools.append(object()))
+    monkeypatch.setattr(capture._Attempts, "FIRST", 8)
     with caplog.at_level(logging.WARNING), mock_llm(tmp_path, lazy_graphs=True) as llm:
-        steps = []
-        for count in (2, 3, 2):
-            asked = prompts(count)
+
+        def replayed(count: int) -> int:
+            asked, before = prompts(count), llm.stats()
             assert tokens_of(llm.generate(asked, GREEDY, use_tqdm=False)) == [greedy(p, 10) for p in asked]
-            steps.append(llm.stats().graph_steps)
-        assert steps[0] > 5
-        assert steps[1] == steps[2] < steps[0] + 2
-        assert llm.stats().steps_broken == 0
+            now = llm.stats()
+            assert now.graph_steps - before.graph_steps + now.uncaptured_steps - before.uncaptured_steps >= 9
+            return now.graph_steps - before.graph_steps
+
+        assert replayed(2) >= 9
+        assert replayed(3) == 0
+        assert tried.count(4) == (2 if fault != "memory of the run before it" else 1)
+        assert replayed(2) >= 9
+        assert tried.count(2) == (1 if fault == "other" else 2), "graphs whose memory was given back are made again"
+        assert len(pools) == (1 if fault == "other" else 2)
+        before = tried.count(4)
+        for _ in range(2):  # with those above some 30 steps that want it
+            assert replayed(3) == 0
+        assert tried.count(4) == 2 * before
+        broken.clear()
+        while not replayed(3):
+            assert tried.count(4) == 2 * before
+        assert tried.count(4) == 2 * before + 1
+        assert replayed(2) >= 9
+        stats = llm.stats()
+        assert 40 < stats.uncaptured_steps < 80
+        assert stats.steps_broken == stats.steps_withdrawn == stats.preemptions == 0
     (message,) = caplog.messages
-    assert message.startswith("CUDA graph capture failed, running eagerly: RuntimeError: operation not permitted")
+    assert message.startswith("no CUDA graph of StepSize(decode_rows=4")
+    assert ("OutOfMemoryError" if fault != "other" else "RuntimeError: not in a capture") in message
 
 
 def test_a_failed_capture_is_said_once_and_every_step_is_eager(

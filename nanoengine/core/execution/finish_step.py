@@ -26,8 +26,6 @@ from nanoengine.core.execution.sampler import DrawPlan, DrawRows, Sampler
 from nanoengine.core.execution.slots import SlotTables, overridden, ragged_places
 from nanoengine.core.execution.step_inputs import GatheredStep, StepBuffers, StepRows, StepSize
 from nanoengine.core.step import (
-    GRAPH_DECODE,
-    GRAPH_MIXED,
     POOL_ALL,
     Int32,
     Int64,
@@ -116,24 +114,20 @@ class Replayed:
     own: Int64
     tail: int | None
 
-    @property
-    def graph(self) -> int:
-        """As in `StepResult.graphs`."""
-        return GRAPH_MIXED if self.size.prefill_tokens else GRAPH_DECODE
-
 
 @dataclass(frozen=True, slots=True)
 class Forwarded:
     """A step between its forward pass and its tail.
 
     Attributes:
-        inputs: of the padded step, where a graph ran.
+        inputs: of the padded step, where a graph ran. graphs: as in `StepResult`, up to here.
         hidden: [L, H], of the positions that need logits; or replayed: the logits themselves, by a graph.
         pooled: float32 [P, H], of a step that pools, which no graph runs.
     """
 
     plan: StepPlan
     inputs: GatheredStep
+    graphs: int
     hidden: Tensor | None = None
     replayed: Replayed | None = None
     pooled: Tensor | None = None
@@ -196,8 +190,7 @@ class FinishStep:
         )  # fmt: skip
         if self.drafter is not None:
             self.propose(self.drafter, rows.slots)
-        graphs = 0 if step.replayed is None else step.replayed.graph
-        return LaunchedStep(plan, drawn, prompt, graphs, step.pooled)
+        return LaunchedStep(plan, drawn, prompt, step.graphs, step.pooled)
 
     def propose(self, drafter: DeviceDrafter, slots: Tensor) -> None:
         """Write the drafter's guesses behind the tokens of these slots, int [R], into the token table."""

@@ -38,9 +38,9 @@ class StepGraphs:
 
     Attributes:
         sizes: steps that are to have graphs. passes: size and kind of tail -> graph; None: without the tail.
-        capture: makes such a graph, at the start or when it is first wanted. False: it cannot be made.
+        capture: makes such a graph, at the start or when it is first wanted. False: not now, and others may be gone.
         masked_tails: size and kind -> graph of a tail behind a mask. `capture_masked` makes it when it is first wanted;
-            None: it cannot.
+            None: not now.
         tail: what the graphs of tails run; None: they were not captured.
         gathered: of each size in use its inputs. logits: [rows, V / tp] of a pass, valid until its next replay.
     """

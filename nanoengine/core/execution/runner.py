@@ -26,7 +26,7 @@ from nanoengine.core.execution.graphs import CaptureSizes, StepGraphs
 from nanoengine.core.execution.results import LateStep, LaunchedStep, StepHandle, TailStep
 from nanoengine.core.execution.sampler import DrawPlan, Sampler
 from nanoengine.core.execution.step_inputs import StepBuffers, pad
-from nanoengine.core.step import GRAPH_TAIL, StepPlan, SuppliedColumn
+from nanoengine.core.step import GRAPH_DECODE, GRAPH_MISSING, GRAPH_MIXED, GRAPH_TAIL, StepPlan, SuppliedColumn
 from nanoengine.kernels.device import empty_cache, on_device
 
 
@@ -102,14 +102,15 @@ class ModelRunner:
             self.graphs.prepare(padded, size)
             self.tp.begin_forward()
             logits = self.graphs.replay(size, tail)
-            return Forwarded(plan, self.graphs.gathered[size], replayed=Replayed(size, logits, own, tail))
+            graphs = GRAPH_MIXED if size.prefill_tokens else GRAPH_DECODE
+            return Forwarded(plan, self.graphs.gathered[size], graphs, replayed=Replayed(size, logits, own, tail))
         inputs = self.buffers.gather(plan)
         every = self.eager or len(plan.pooled) > 0 or not len(plan.logits_index)  # a module's output may be tapped
         batch = ForwardBatch(num_tokens=plan.num_tokens, wanted=None if every else inputs.rows.logits_index)
         hidden = self.checked_model(inputs.input_ids, inputs.positions, batch)
         pooled = pool(plan, hidden) if len(plan.pooled) else None
         hidden = hidden.index_select(0, inputs.rows.logits_index) if every else hidden
-        return Forwarded(plan, inputs, hidden=hidden, pooled=pooled)
+        return Forwarded(plan, inputs, GRAPH_MISSING if size is not None else 0, hidden, pooled=pooled)
 
     def sample(self, step: Forwarded, supplied: Sequence[SuppliedColumn] = ()) -> LaunchedStep:
         """Draw a token for each sampled row, write it to its slot, and send the step's result to the host."""
@@ -123,7 +124,7 @@ class ModelRunner:
             self.graphs.end_masked(replayed.size, how.captured, replayed.own, columns)
         assert replayed is not None
         assert self.graphs.tail is not None
-        return TailStep(plan, *self.graphs.tail.answer(), replayed.own, replayed.graph | GRAPH_TAIL)
+        return TailStep(plan, *self.graphs.tail.answer(), replayed.own, step.graphs | GRAPH_TAIL)
 
     def _ends_masked(self, replayed: Replayed, how: DrawPlan, supplied: Sequence[SuppliedColumn]) -> bool:
         """Whether a captured tail behind a mask does all that the rows of a late step ask for."""

@@ -24,7 +24,7 @@ from nanoengine.core.scheduling.draft import Draft, TokenBudget, build_plan
 from nanoengine.core.scheduling.messages import Admission, ScheduledStep, SchedulerConfig, Update
 from nanoengine.core.scheduling.queues import Roster, refuse_misfit
 from nanoengine.core.scheduling.speculation import Speculation
-from nanoengine.core.step import GRAPH_DECODE, GRAPH_MIXED, GRAPH_TAIL, StepPlan, StepResult, num_slots
+from nanoengine.core.step import GRAPH_DECODE, GRAPH_MISSING, GRAPH_MIXED, GRAPH_TAIL, StepPlan, StepResult, num_slots
 
 LEAST_FORCED = 3  # tokens: for fewer it is not worth that a request misses a step before and behind their row
 Verdict = Literal["admitted", "waits", "no room", "failed"]  # "waits": for a hit that this very step computes
@@ -321,9 +321,8 @@ class Scheduler:
     def _scheduled(self, draft: Draft, plan: StepPlan) -> ScheduledStep:
         """The step counts as launched from here on, and the prompt blocks that it computes can be found."""
         self._next_step += 1
-        published = []
-        for request, _, end, _ in draft.prefill:  # one stream: a step that reads these blocks is launched later
-            published += self.blocks.publish(request, min(end, request.prompt_len))
+        # One stream: a step that reads these blocks is launched later.
+        published = [b for r, _, end, _ in draft.prefill for b in self.blocks.publish(r, min(end, r.prompt_len))]
         owners, preempted = self._roster.owners, tuple(self._roster.preempted)
         self._roster.preempted.clear()
         step = ScheduledStep(
@@ -356,6 +355,7 @@ class Scheduler:
         self._stats.graph_steps += bool(result.graphs & GRAPH_DECODE)
         self._stats.mixed_graph_steps += bool(result.graphs & GRAPH_MIXED)
         self._stats.graph_tails += bool(result.graphs & GRAPH_TAIL)
+        self._stats.uncaptured_steps += bool(result.graphs & GRAPH_MISSING)
         rows = zip(step.rows, step.plan.drafts.tolist(), result.counts.tolist(), strict=False)  # without drafts: none
         drafted = [(r, most, max(0, n - 1)) for (r, _), most, n in rows if not (r.jumps or r.status is Status.FINISHED)]
         updates = commit_rows(step, result, self._roster)

@@ -6,23 +6,23 @@ import gc
 import importlib.util
 import logging
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 
-from nanoengine.api.errors import ModelError, described, is_failure, is_out_of_memory
+from nanoengine.api.errors import ModelError, described, forget_locals, is_failure, is_out_of_memory
 from nanoengine.core.execution.finish_step import MASKED_DRAWS, CapturedTail, FinishStep
 from nanoengine.core.execution.graphs import StepGraphs
 from nanoengine.core.execution.runner import ModelRunner
 from nanoengine.core.execution.step_inputs import StepSize
 from nanoengine.kernels.compile_ahead import compiling_ahead
 from nanoengine.kernels.device import empty_cache
+from nanoengine.setup.start.release import free_unused
 
 _log = logging.getLogger(__name__)
-_FAILED = "CUDA graph capture failed, running eagerly: %s"
 T = TypeVar("T")
 
 
@@ -63,7 +63,7 @@ def capture_graphs(runner: ModelRunner, *, later: bool = False, is_compiled: boo
         failure = described(error)
         if is_out_of_memory(error):
             raise CaptureOutOfMemory(f"CUDA graph capture failed: {failure}") from error
-        _log.warning(_FAILED, failure)
+        _log.warning("CUDA graph capture failed, running eagerly: %s", failure)
         if tables.device.type == "cuda":
             torch.cuda.synchronize(tables.device)
     tables.num_computed.zero_()
@@ -88,6 +88,28 @@ def _compile_ahead(capture: _Capture) -> None:
     torch.cuda.empty_cache()
 
 
+class _Attempts:
+    """Captures that failed: those of one key are tried again after ever more steps that wanted it."""
+
+    FIRST, TIMES = 64, 4  # steps that are left out, and how many times more the next time
+
+    def __init__(self) -> None:
+        self._pauses: dict[Hashable, tuple[int, int]] = {}  # key -> (steps left of the pause, length of the next)
+
+    def due(self, key: Hashable) -> bool:
+        """Whether a step that wants it may try; one that may not is counted."""
+        left, length = self._pauses.get(key, (0, 0))
+        if left:
+            self._pauses[key] = left - 1, length
+        return not left
+
+    def failed(self, key: Hashable, *, pause: bool = True) -> bool:
+        """Notes a failure. Whether it is the first one of this key. pause: behind the first one, too."""
+        first, (_, length) = key not in self._pauses, self._pauses.get(key, (0, self.FIRST))
+        self._pauses[key] = (length, length * self.TIMES) if pause or not first else (0, length)
+        return first
+
+
 class _Capture:
     """The captures of one runner, in one memory pool."""
 
@@ -100,7 +122,7 @@ class _Capture:
         if self.device.type == "cuda":
             self._stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
         self._tails: Sequence[int] = finish.sampler.tails if graphs.sizes.tail else ()
-        self._masked_failures = 0
+        self._attempts = _Attempts()
         if graphs.sizes.tail:
             graphs.tail = CapturedTail(finish, graphs.buffers, max(size.logits for size in self._sizes))
 
@@ -135,42 +157,67 @@ class _Capture:
                 self._capture(size, kind)
 
     def when_wanted(self, size: StepSize, kind: int | None) -> bool:
-        """`StepGraphs.capture`. False: it failed, and no step is a graph any more."""
+        """`StepGraphs.capture`, between steps. False: it failed, now or the last time; such steps run eagerly, and
+        later ones try again. Where memory ran out all graphs are dropped, which gives theirs back, and captured again
+        when they are wanted."""
+        if not self._attempts.due(size):
+            return False
         if self._stream is not None:
             # Each thread has its own, which cannot be made in a capture.
             torch.cuda.current_blas_handle()  # type: ignore[no-untyped-call]
-        error = self._failure(size, kind)
-        if error is not None:  # what it made at first use is there once it has run
-            _log.info("a capture failed, and is tried again: %s", described(error))
+        error = self._failure(partial(self._capture, size, kind))
+        if error is not None:
+            _log.info("the capture of %s failed, and is tried again: %s", size, described(error))
+            error = self._failure(partial(self._capture_prepared, size, kind, error))
+        if error is None:
+            return True
+        if self._attempts.failed(size):
+            _log.warning("no CUDA graph of %s, whose steps run eagerly for now: %s", size, described(error))
+        if is_out_of_memory(error):
+            self._drop()
+        return False
+
+    def masked(self, size: StepSize, kind: int) -> torch.cuda.CUDAGraph | None:
+        """`StepGraphs.capture_masked`, between a pass and its tail. Where it fails the tail runs launch by launch, and
+        what it makes at first use is there the next time."""
+        key = (size, "masked")
+        if not self._attempts.due(key):
+            return None
+        made: list[torch.cuda.CUDAGraph] = []
+        run = partial(self._graphs.run_masked_tail, size, kind)
+        error = self._failure(lambda: made.append(self._made(run)[0]))
+        if error is None:
+            return made[0]
+        if self._attempts.failed(key, pause=False):
+            _log.warning("no CUDA graph of the tail of %s behind a mask, run eagerly: %s", size, described(error))
+        return None
+
+    def _capture_prepared(self, size: StepSize, kind: int | None, failure: BaseException) -> None:
+        """What it needs is there before the capture: memory that torch's allocator keeps for later, which none gets in
+        a capture; or what is made at first use, by an eager run."""
+        if is_out_of_memory(failure):
+            empty_cache(self.device)
+        else:
             logits = self._graphs.run(size)
             if kind is not None:
                 self._run_tail(size, kind, logits)
-            error = self._failure(size, kind)
-        if error is not None:
-            self._graphs.clear()
-            _log.warning(_FAILED, described(error))
-        return error is None
+        self._capture(size, kind)
 
-    def masked(self, size: StepSize, kind: int) -> torch.cuda.CUDAGraph | None:
-        """`StepGraphs.capture_masked`. Where it fails the tail runs launch by launch, and what it makes at first use is
-        there the next time; after that it is not tried any more."""
-        if self._masked_failures > 1:
-            return None
+    def _drop(self) -> None:
+        graphs = self._graphs
+        for held in (graphs.passes, graphs.masked_tails, graphs.logits):
+            held.clear()
+        self._pool = torch.cuda.graph_pool_handle()  # no graph may add to the old one, or it would stay
+        free_unused(self.device)
+
+    def _failure(self, capture: Callable[[], None]) -> BaseException | None:
+        """What it raised, without the memory that its frames hold."""
         try:
-            return self._made(partial(self._graphs.run_masked_tail, size, kind))[0]
+            capture()
         except BaseException as error:
             if not is_failure(error):
                 raise
-            self._masked_failures += 1
-            _log.warning("a tail behind a mask was not captured, so it runs launch by launch: %s", described(error))
-            return None
-
-    def _failure(self, size: StepSize, kind: int | None) -> BaseException | None:
-        try:
-            self._capture(size, kind)
-        except BaseException as error:
-            if not is_failure(error):
-                raise
+            forget_locals(error)
             return error
         return None
 
@@ -206,7 +253,7 @@ def captured(
             try:
                 result = run()
             finally:
-                graph.capture_end()
+                _end(graph, pool)
     except BaseException as error:  # raised below, after the ranks have agreed
         if not is_failure(error):
             raise
@@ -214,6 +261,18 @@ def captured(
     if not agree(failure is None):
         raise failure or RuntimeError("another rank could not capture this graph")
     return graph, cast("T", result)
+
+
+def _end(graph: torch.cuda.CUDAGraph, pool: Any) -> None:
+    """Ends its capture. One that is invalid ends with an error, and unknown to torch's allocator, which would then
+    never give back what it keeps: neither of this pool nor, once memory runs out, of any other."""
+    try:
+        graph.capture_end()
+    except BaseException:
+        with suppress(RuntimeError):  # it was ended there: nothing is to be done
+            torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
+            torch._C._cuda_releasePool(torch.cuda.current_device(), pool)
+        raise
 
 
 @contextmanager

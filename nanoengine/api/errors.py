@@ -9,7 +9,7 @@ import difflib
 import reprlib
 import sys
 import traceback
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 
@@ -215,14 +215,19 @@ def text_failure(error: BaseException) -> RequestError:
     return failure
 
 
-def draw_failure(*, finite: bool) -> RequestError:
-    """The error of a request for which no token can be drawn. finite: its logits were, before the processors."""
+def draw_failure(restrictions: Sequence[str], *, finite: bool) -> RequestError:
+    """The error of a request for which no token can be drawn.
+
+    Args:
+        restrictions: the parameters and logits processors of the request that may remove tokens.
+        finite: its logits were, before the processors.
+    """
     if not finite:
         return RequestError("bad_logits", "the model gave logits that are not finite for this request")
     return RequestError(
         "nothing_left",
         "the logits processors left no token that can be drawn: every one is masked, or a processor returned NaN or "
-        "+inf; loosen the mask, bias or bad words",
+        f"+inf; loosen what this request has: {', '.join(restrictions) or 'no restriction of its own'}",
     )
 
 

@@ -83,6 +83,14 @@ class ResolvedParams:
         """Ids that end the output. They are masked until `min_tokens` tokens are generated."""
         return self.eos_ids | self.stop_token_ids
 
+    @property
+    def restrictions(self) -> tuple[str, ...]:
+        """What may leave no token to be drawn: logits processors, unless they scale or keep the likeliest, and
+        min_tokens, which masks the end."""
+        may = (None, StandardOp.BITMASK)
+        names = [p.name for p in self.processors if any(each.op in may for each in p.params.columns.values())]
+        return (*names, *(("min_tokens",) if self.min_tokens else ()))
+
 
 class SamplingParams(SamplingSignature):
     """How to sample: `SamplingParams(temperature=0.8, top_p=0.95, max_tokens=64)`.

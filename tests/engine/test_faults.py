@@ -117,12 +117,15 @@ def test_bad_logits_fail_their_row_alone(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_processors_that_leave_nothing_fail_their_row_alone(tmp_path: Path) -> None:
-    nothing = SamplingParams(temperature=0, allowed_token_ids=[3], logit_bias={3: float("-inf")}, max_tokens=5)
+    nothing = SamplingParams(
+        temperature=0, allowed_token_ids=[3], logit_bias={3: float("-inf")}, min_tokens=2, max_tokens=5
+    )
     with mock_llm(tmp_path) as llm:
         one, two = llm.generate([[1, 2], [1, 2]], [GREEDY, nothing], use_tqdm=False)
     assert tokens_of([one]) == [greedy([1, 2], 10)]
     assert two.error is not None
     assert two.error.code == "nothing_left"
+    assert "has: allowed_token_ids, logit_bias, min_tokens" in str(two.error)
 
 
 def test_one_bad_sample_of_several_fails_its_request_and_frees_the_rest(

@@ -303,16 +303,6 @@ def test_what_is_not_supported_is_named(changes: dict[str, Any], message: str) -
         CompressedTensors.read(context(_changed(**changes)))
 
 
-def test_harmless_keys_are_taken() -> None:
-    given = _changed(
-        sparsity_config={"format": "dense"}, transform_config={}, version="0.12.2", weights__observer="minmax",
-        weights__actorder="weight", inputs__observer_kwargs={"a": 1}, global_compression_ratio=1.5,
-        kv_cache_scheme={"num_bits": 8, "type": "float"},
-    )  # fmt: skip
-    info = LayerInfo(name="layers.0.o_proj", kind="linear", shape=(32, 32))
-    assert CompressedTensors.read(context(given)).method(info).label == "fp8 block 32, dynamic"
-
-
 @pytest.mark.parametrize(
     ("kind", "name", "message"),
     [

@@ -99,6 +99,7 @@ def tool_result(**fields: Any) -> list[dict[str, Any]]:
         ("/v1/score", {"text_1": "a", "text_2": ["b", "b" * 5000]}, "text_2[1]"),
         (CHAT, {"response_format": {"type": "json_schema"}}, "response_format.json_schema.schema"),
         (CHAT, {"guided_choice": []}, "guided_choice"),
+        (CHAT, {"response_format": {"type": "json_object"}, "structured_outputs": {"regex": "a"}}, "response_format"),
         (CHAT, {"structured_outputs": {"choice": []}}, "structured_outputs.choice"),
         (RESPONSES, {"max_output_tokens": 0}, "max_output_tokens"),
         (RESPONSES, {"max_output_tokens": 4096}, "max_output_tokens"),
@@ -112,6 +113,8 @@ def test_what_is_wrong_is_named_as_the_client_calls_it(
 ) -> None:
     error = error_of(server.post(path, {**ASKED.get(path, {}), **fields}))
     assert error["param"] == param, error
+    if "structured_outputs" in fields and "response_format" in fields:
+        assert error["message"].startswith("response_format and structured_outputs say")
 
 
 @pytest.mark.parametrize(

@@ -149,7 +149,7 @@ def _fail_row(request: Request, generation: int, failed: int, roster: Roster, up
                 roster.preempt(request, "its logits were not finite, over blocks that others had computed")
             return
     roster.remove(request)
-    updates.append(Update(request, error=draw_failure(finite=failed != ROW_BAD_LOGITS)))
+    updates.append(Update(request, error=draw_failure(request.params.restrictions, finite=failed != ROW_BAD_LOGITS)))
 
 
 def _row_results(step: ScheduledStep, result: StepResult, first: int) -> list[RowResult]:

@@ -24,6 +24,7 @@ class Awq(Quantization):
         config.choice("bits", 4, also=("w_bit",))
         config.choice("version", "gemm", also=("format", "checkpoint_format"), default="gemm")
         config.choice("desc_act", False, default=False)
+        config.choice("pack_dtype", "int32", default="int32")
         if config.get("backend") == "llm-awq":
             raise config.wrong("backend", "another, whose layout is 'gemm'")
         group = config.inputs("group_size", also=("q_group_size",))

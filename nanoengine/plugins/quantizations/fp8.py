@@ -52,7 +52,7 @@ def up_to_a_dot(pattern: str) -> str:
 
 def _fine_grained(config: Mapping[str, Any]) -> tuple[Scheme, Sequence[str]]:
     section = Section(config, "quantization_config")
-    section.only("fmt", "e4m3")
+    section.only("fmt", "e4m3", "float8_e4m3fn")
     section.only("dequantize", False)
     section.only("scale_fmt", "float")
     section.only("expert_dtype", "fp8")

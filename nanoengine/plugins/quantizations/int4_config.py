@@ -17,12 +17,13 @@ _HOW_IT_WAS_MADE = frozenset({
     "disable_exllama", "do_fuse", "enable_full_range", "enable_minmax_tuning", "enable_norm_bias_tuning",
     "enable_quanted_input", "exllama_config", "failsafe", "fallback", "fuse_max_seq_len", "gptaq",
     "gradient_accumulate_steps", "hyb_act", "iters", "lm_head_name", "low_gpu_mem_usage", "lr", "max_input_length",
-    "meta", "method", "minmax_lr", "mock_quantization", "model_file_base_name", "model_name_or_path",
-    "model_seqlen", "module_name_preceding_first_block", "modules_to_fuse", "mse", "n_samples", "not_use_best_mse",
-    "nsamples", "offload_to_disk", "offload_to_disk_path", "pack_impl", "pad_token_id", "parallel_packing",
-    "process", "quant_block_list", "quantizer", "sampler", "scale_dtype", "seqlen", "supported_types", "sym",
-    "tokenizer", "train_bs", "true_sequential", "use_cuda_fp16", "use_exllama", "use_quant_input", "v2", "v2_alpha",
-    "v2_memory_device", "vram_strategy", "wait_for_submodule_finalizers",
+    "meta", "method", "minmax_lr", "mock_quantization", "model_file_base_name", "model_name_or_path", "model_seqlen",
+    "module_name_preceding_first_block", "modules_to_fuse", "mse", "n_samples", "not_use_best_mse", "nsamples",
+    "offload_to_disk", "offload_to_disk_path", "pack_impl", "pad_token_id", "parallel_packing", "process", "provider",
+    "quant_block_list", "quantizer", "sampler", "scale_dtype", "seqlen", "static_attention_granularity",
+    "static_kv_granularity", "supported_types", "sym", "to_quant_block_names", "tokenizer", "train_bs",
+    "true_sequential", "use_cuda_fp16", "use_exllama", "use_quant_input", "v2", "v2_alpha", "v2_memory_device",
+    "vram_strategy", "wait_for_submodule_finalizers",
 })  # fmt: skip
 """Keys of quantisers that say nothing of what the tensors mean. `sym` shows in the zeros, which are read."""
 

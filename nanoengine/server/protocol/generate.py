@@ -132,12 +132,9 @@ def with_sampling(model: type[Request], names: Iterable[str]) -> type[Request]:
 
 def constraint_of(request: GenerateRequest) -> StructuredOutputsParams | None:
     """What the output must match. Raises `ParamsError`, also where several of the fields say it."""
-    given = [name for name in (f"guided_{kind}" for kind in GUIDED) if request.given(name)]
-    if request.given("structured_outputs"):
-        given.append("structured_outputs")
     wanted = request.response_format
-    if wanted is not None and wanted.type != "text":
-        given.append("response_format")
+    given = ["response_format"] if wanted is not None and wanted.type != "text" else []
+    given += [n for n in ("structured_outputs", *(f"guided_{kind}" for kind in GUIDED)) if request.given(n)]
     if len(given) > 1:
         raise ParamsError(f"{' and '.join(given)} say what the output must match: give one of them")
     if not given:

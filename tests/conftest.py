@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import random
 import signal
 import sys
 from collections.abc import Iterator
@@ -11,6 +13,7 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # each of those processes would compile all that it imports
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # "pytest &" in a script; what tests start would inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -26,6 +29,7 @@ torch.set_num_threads(1)
 settings.register_profile("ci", deadline=None, max_examples=60, print_blob=True, derandomize=True)
 settings.register_profile("explore", deadline=None, max_examples=1000, print_blob=True)
 settings.load_profile("ci")
+gc.disable()  # until all tests are collected
 OWN_RUNS = ("corpus", "load", "clients")  # marks of tests that download or take minutes: run only if -m names them
 
 
@@ -37,6 +41,20 @@ def forget_modules(tmp_path: Path) -> Iterator[None]:
         said = getattr(module, "__dict__", {})
         if any(str(place).startswith(f"{tmp_path}/") for place in (said.get("__file__"), *said.get("__path__", ()))):
             del sys.modules[name]
+
+
+def pytest_collection_finish() -> None:
+    """Modules and tests stay until the end: no collection of garbage looks at them again, which would take a second."""
+    gc.collect()
+    gc.freeze()
+    gc.enable()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """What a test draws without a seed of its own does not depend on the tests that ran before it."""
+    random.seed(0)
+    torch.manual_seed(0)
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:

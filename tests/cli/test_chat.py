@@ -334,7 +334,7 @@ class Tmux:
         self._tmux("new-session", "-d", "-x", "150", "-y", "200", "-c", str(cwd), run)
 
     def _tmux(self, *words: str) -> str:
-        return subprocess.run([*self.server, *words], check=True, capture_output=True, text=True, timeout=20).stdout
+        return subprocess.run([*self.server, *words], check=True, capture_output=True, text=True, timeout=60).stdout
 
     def type(self, keys: str) -> None:
         self._tmux("send-keys", "-H", *(f"{byte:x}" for byte in keys.encode()))
@@ -376,7 +376,7 @@ class Pty:
 
 
 def wait_for(terminal: Terminal, pattern: str, count: int = 1) -> None:
-    end = time.monotonic() + 60
+    end = time.monotonic() + 150
     while len(re.findall(pattern, terminal.screen())) < count:
         assert time.monotonic() < end, f"no {pattern!r} x {count} on:\n{terminal.screen()}"
         time.sleep(0.05)

@@ -121,13 +121,14 @@ def test_a_trace_without_room_costs_no_results(
 
 
 def test_a_killed_run_leaves_a_timeline(config: str, tmp_path: Path) -> None:
+    (tmp_path / "many.txt").write_text("a prompt\n" * 1000)  # it does not end before it is killed
     process = subprocess.Popen(
-        [sys.executable, "-m", "nanoengine", "run", config, "sampler.max_tokens=180", "engine.max_num_seqs=1",
-         "--trace", "out.json"],
+        [sys.executable, "-m", "nanoengine", "run", config, "prompts=many.txt", "sampler.max_tokens=180",
+         "engine.max_num_seqs=1", "--trace", "out.json"],
         cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
     )  # fmt: skip
     trace = tmp_path / "out.json"
-    until = time.monotonic() + 60
+    until = time.monotonic() + 150
     while process.poll() is None and time.monotonic() < until and not (trace.exists() and trace.stat().st_size > 9000):
         time.sleep(0.01)
     assert process.poll() is None, process.communicate()[1].decode()

@@ -29,5 +29,5 @@ def test_a_pipe_is_written_to(tmp_path: Path) -> None:
     reader.start()
     write_whole(pipe, "a page")
     assert stat.S_ISFIFO(pipe.stat().st_mode)
-    reader.join(10)
+    reader.join(60)
     assert read == ["a page"]

@@ -64,7 +64,7 @@ def test_a_fork_gets_errors_and_ends_nothing(tmp_path: Path, ranks: int) -> None
         [sys.executable, "-c", SCRIPT, folder, str(ranks)],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=200,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
     )
     assert done.returncode == 0, done.stderr

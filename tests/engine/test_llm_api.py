@@ -268,7 +268,7 @@ def test_streams_from_several_threads(llm: LLM) -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(30)
+        thread.join(60)
     assert [found[i] for i in range(6)] == [greedy(p, 20) for p in asked]
 
 

@@ -67,15 +67,17 @@ def test_what_a_call_raises_is_raised_and_not_kept(thread: StepThread) -> None:
 
 def test_an_interrupted_wait_that_took_the_gate_is_made_up_for(thread: StepThread) -> None:
     call = thread.submit(lambda: time.sleep(0.05) or 7)
-    assert call._gate.acquire(timeout=5)  # and then Ctrl-C, before the outcome was looked at
+    assert call._gate.acquire(timeout=60)  # and then Ctrl-C, before the outcome was looked at
     assert call.wait() == 7
 
 
 def test_closing_waits_for_what_runs_and_drops_the_rest() -> None:
-    thread, begun, done = StepThread("test-step"), threading.Event(), list[str]()
-    first = thread.submit(lambda: (begun.set(), time.sleep(0.1), done.append("first")))
+    thread, begun, dropped, done = StepThread("test-step"), threading.Event(), threading.Event(), list[str]()
+    first = thread.submit(lambda: (begun.set(), dropped.wait(60), done.append("first")))
     second = thread.submit(lambda: done.append("second"))
-    assert begun.wait(5)
+    drop = second.drop
+    second.drop = lambda: (drop(), dropped.set())  # type: ignore[method-assign]
+    assert begun.wait(60)
     thread.close()
     thread.close()
     assert done == ["first"]
@@ -95,12 +97,14 @@ def test_it_ends_when_nobody_has_it_any_more() -> None:
 
 def test_a_program_that_closes_nothing_ends() -> None:
     code = """
-import time
+import threading
 from nanoengine.core.execution.executor import StepThread
-thread = StepThread("test-step")
-thread.submit(lambda: (time.sleep(0.2), print("whole", flush=True)))
+thread, begun, dropped = StepThread("test-step"), threading.Event(), threading.Event()
+thread.submit(lambda: (begun.set(), dropped.wait(), print("whole", flush=True)))
 never = thread.submit(lambda: print("never"))
-time.sleep(0.05)
+drop = never.drop
+never.drop = lambda: (drop(), dropped.set())
+begun.wait()
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert (done.stdout, done.stderr) == ("whole\n", "")
@@ -116,7 +120,7 @@ class Steps:
 
     def launch(self, plan: StepPlan) -> Any:
         if plan.step == self.raises:
-            assert self.go.wait(5)
+            assert self.go.wait(60)
             raise ValueError(f"step {plan.step}")
         self.ran.append(plan.step)
         return SimpleNamespace(wait=lambda: plan.step)

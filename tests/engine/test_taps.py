@@ -151,7 +151,7 @@ def test_other_threads_make_no_step_meanwhile(llm: LLM, monkeypatch: pytest.Monk
     threads: list[Thread] = []
     monkeypatch.setattr(InProcessExecutor, "call", interfering)
     assert len(llm.hidden_states(PROMPT)[0]) == len(PROMPT)
-    threads[0].join(10)
+    threads[0].join(60)
     assert not threads[0].is_alive()
     assert others[0].outputs[0].finish_reason == "abort"
 
@@ -171,7 +171,7 @@ def test_requests_of_other_threads_wait_meanwhile(llm: LLM, monkeypatch: pytest.
 
     monkeypatch.setattr(InProcessExecutor, "call", interfering)
     assert len(llm.hidden_states(PROMPT)[0]) == len(PROMPT)
-    adding.join(10)
+    adding.join(60)
     assert len(others[0].outputs[0].token_ids) == 2
 
 

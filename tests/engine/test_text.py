@@ -260,11 +260,11 @@ def test_a_conversation_on_which_the_template_runs_away_fails_alone(tmp_path: Pa
     template += "{% endfor %}"
     asked = [[{"role": "user", "content": text}] for text in ("A1", "A9", "A8", "B2")]
     params = SamplingParams(temperature=0, max_tokens=5)
-    with text_llm(tmp_path, chat_template_timeout=0.5, chat_template_memory=64 << 20) as llm:
+    with text_llm(tmp_path, chat_template_timeout=2.0, chat_template_memory=64 << 20) as llm:
         outputs = llm.chat(asked, params, chat_template=template, sanitize_control_tokens=True, use_tqdm=False)
     errors = [str(output.error) for output in outputs]
     assert "took more than 64 MiB (chat_template_memory)" in errors[1]
-    assert "took longer than 0.5 s (chat_template_timeout)" in errors[2]
+    assert "took longer than 2 s (chat_template_timeout)" in errors[2]
     good = [outputs[0], outputs[3]]
     assert tokens_of(good) == [greedy(ids_of(text), 5) for text in ("A1", "B2")]
 

@@ -1,4 +1,4 @@
-"""Mutants of every kind end well: `NANOENGINE_FUZZ_COUNT` of each (300), from `NANOENGINE_FUZZ_SEED` (random)."""
+"""Mutants of every kind end well: `NANOENGINE_FUZZ_COUNT` of each (300), of one seed or `NANOENGINE_FUZZ_SEED`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from fuzz import harness
 from fuzz.__main__ import main
 
-SEED = int(os.environ.get("NANOENGINE_FUZZ_SEED") or random.randrange(1 << 32))
+SEED = int(os.environ.get("NANOENGINE_FUZZ_SEED") or 20_260_101)
 COUNT = int(os.environ.get("NANOENGINE_FUZZ_COUNT") or 300)
 
 BAD_KIND = '''\
@@ -59,12 +59,12 @@ def test_each_way_to_crash_is_found_and_the_cases_behind_it_run(
     (package / "bad.py").write_text(BAD_KIND)
     monkeypatch.setattr(harness, "FOLDER", package)
     monkeypatch.setattr(harness, "WALL_SECONDS", 3.0)
-    monkeypatch.setattr(harness, "CPU_SECONDS", 0.5)
+    monkeypatch.setattr(harness, "CPU_SECONDS", 0.2)  # little of the time above: others use the cores, too
     assert harness.kinds() == ["bad"]
     found, last = harness.fuzz("bad", 7, 0, 12)
     assert last == 11
     assert [crash.number for crash in found] == [1, 3, 5, 7, 9]
-    causes = ["KeyError: 'a bug'", "MemoryError", "SIGABRT", "more than 0.5 s of processor time", "no end after"]
+    causes = ["KeyError: 'a bug'", "MemoryError", "SIGABRT", "more than 0.2 s of processor time", "no end after"]
     assert all(cause in crash.cause for cause, crash in zip(causes, found, strict=True)), found
     first = random.Random(7).randrange(1000)
     assert [crash.case for crash in found] == [str((number, first)) for number in (1, 3, 5, 7, 9)]

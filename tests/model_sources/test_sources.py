@@ -299,7 +299,7 @@ class Children:
         return len(self.log.read_text().splitlines()) if self.log.exists() else 0
 
     def wait_for(self, conversions: int) -> None:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 100
         while self.conversions() < conversions:
             assert time.monotonic() < deadline, f"only {self.conversions()} conversions started"
             time.sleep(0.01)
@@ -331,7 +331,7 @@ def test_two_processes_convert_once(children: Children) -> None:
     second = children.start()
     line_of(second, "another process is converting this model")
     children.go.touch()
-    outputs = [child.communicate(timeout=60)[0] for child in (first, second)]
+    outputs = [child.communicate(timeout=100)[0] for child in (first, second)]
     assert [child.returncode for child in (first, second)] == [0, 0]
     assert outputs[0].splitlines()[-1] == outputs[1].splitlines()[-1]
     assert children.conversions() == 1

@@ -78,7 +78,7 @@ def in_spawned_process(plan: EnginePlan) -> Any:
     try:
         return here.recv()
     finally:
-        process.join(30)
+        process.join(100)
         assert process.exitcode == 0
 
 

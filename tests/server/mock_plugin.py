@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from pathlib import Path
 from typing import Any
 
 from nanoengine.api import AttentionSpec, ModelSpec, hookimpl
@@ -19,10 +20,11 @@ def __getattr__(name: str) -> Any:
     from nanoengine.testing.mock_model import MockModel
 
     class SlowMock(MockModel):
-        """The mock model; a step takes SLOW_MOCK_SECONDS longer, and a prompt may begin with DIES or HANGS."""
+        """The mock model; a step takes longer by the seconds in the file SLOW_MOCK_SECONDS, and a prompt may begin with
+        DIES or HANGS."""
 
         def forward(self, input_ids: Any, positions: Any, batch: Any) -> Any:
-            time.sleep(float(os.environ.get("SLOW_MOCK_SECONDS", "0")))
+            time.sleep(float(Path(os.environ["SLOW_MOCK_SECONDS"]).read_text()))
             first = set(input_ids[positions == 0].tolist())
             if DIES in first:
                 signal.raise_signal(signal.SIGSEGV)  # in this thread: no token is drawn before the end

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,22 @@ def mock_folder(folder: Path, *, slow: bool = False) -> Path:
     return folder
 
 
-def mock_server(folder: Path, *overrides: str, slow: bool = False, env: Mapping[str, str] | None = None) -> Running:
+class MockServer(Running):
+    """`pace`: a file with the seconds that a step takes, where the model is the slow one."""
+
+    def __init__(self, command: Sequence[str], pace: Path) -> None:
+        self._pace = pace
+        self.steps_take(0)
+        super().__init__(command, {"SLOW_MOCK_SECONDS": str(pace)})
+
+    def steps_take(self, seconds: float) -> None:
+        """From the next step on."""
+        part = self._pace.with_suffix(".part")
+        part.write_text(str(seconds))
+        part.replace(self._pace)
+
+
+def mock_server(folder: Path, *overrides: str, slow: bool = False) -> MockServer:
     """Starts a server. `folder`: for its model and configuration; they are made if they are not there."""
     model = folder / ("slow" if slow else "mock")
     if not model.exists():
@@ -51,7 +66,7 @@ def mock_server(folder: Path, *overrides: str, slow: bool = False, env: Mapping[
     config = folder / f"{model.name}.yaml"
     config.write_text(CONFIG.format(model=model))
     command = [sys.executable, "-m", "nanoengine", "serve", str(config), *overrides, "--plugin", str(PLUGIN)]
-    return Running(command, env)
+    return MockServer(command, folder / "pace")
 
 
 def engine_of(server: Running) -> int:

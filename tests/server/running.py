@@ -11,7 +11,7 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +79,22 @@ class Running:
             yield connection.getresponse() if wait else http.client.HTTPResponse(connection.sock)
         finally:
             connection.close()
+
+    @contextlib.contextmanager
+    def one_process(self) -> Iterator[Callable[..., tuple[int, Mapping[str, str], bytes]]]:
+        """`ask` on one connection: all answers are of the same HTTP process. Another may know later what that knows."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=SECONDS)
+        connection.connect()
+        connection.auto_open = 0  # a connection that the server closes is an error: the next might be another process'
+
+        def ask(path: str, body: Any = None) -> tuple[int, Mapping[str, str], bytes]:
+            text = None if body is None else json.dumps(body)
+            connection.request("GET" if body is None else "POST", path, text, {"content-type": "application/json"})
+            response = connection.getresponse()
+            return response.status, {k.lower(): v for k, v in response.getheaders()}, response.read()
+
+        with contextlib.closing(connection):
+            yield ask
 
     def until_ready(self) -> Running:
         until(lambda: self.get("/ready") == 200 or self.process.poll() is not None, lambda: self.log)

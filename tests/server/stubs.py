@@ -1,7 +1,10 @@
 """A server whose engine and application are stubs: `python stubs.py server JSON`. It starts in a moment, without torch.
 
 JSON: {"server": of `ServerConfig`, "engine": what the engine does}. The engine: {"start": seconds, "fail": a message,
-"die": an exit status, "runs": which of its runs do so (default: all)}.
+"die": an exit status, "runs": which of its runs do so (default: all)}. With "start": "held" it starts when the file
+`go` is in its folder.
+
+/count?N streams N lines; /count?PATH one each 20 ms until that file is there.
 """
 
 from __future__ import annotations
@@ -66,7 +69,11 @@ async def engine() -> None:
     with runs.open("a") as file:
         file.write(f"{os.getpid()}\n")
     control.send("phase", phase="stub weights")
-    time.sleep(what.get("start", 0.0))
+    if what.get("start") == "held":
+        while not Path(what["folder"], "go").exists():
+            time.sleep(0.02)
+    else:
+        time.sleep(what.get("start", 0.0))
     acts = number in what.get("runs", range(100))
     if acts and "fail" in what:
         control.send("failed", error="ConfigError", message=what["fail"], traceback="")
@@ -134,8 +141,11 @@ def http() -> None:
                 self.writer.close()
             status = 200 if self.alive or scope["path"] not in ("/ready", "/health") else 503
             await send({"type": "http.response.start", "status": status, "headers": []})
-            number = int(scope["query_string"] or 1)
+            query = scope["query_string"].decode() or "1"
+            number = int(query) if query.isdigit() else sys.maxsize
             for each in range(number):
+                if number == sys.maxsize and Path(query).exists():
+                    break
                 await send(
                     {"type": "http.response.body", "body": f"{os.getpid()} {each}\n".encode(), "more_body": True}
                 )

@@ -55,7 +55,7 @@ def served(use: Use, *, keep: float = 60, protocol: type[HttpToolsProtocol] = Ht
         server = await asyncio.get_running_loop().create_server(make, "127.0.0.1", 0)
         reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
         try:
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(60):
                 answer = await use(reader, writer)
                 if answer is None:  # it has left
                     await gone.wait()

@@ -36,7 +36,7 @@ class Slow:
 
         def slow(*args: Any, **options: Any) -> Any:
             self.threads.append(threading.current_thread())
-            assert self.go.wait(30)
+            assert self.go.wait(60)
             return found(*args, **options)
 
         return slow

@@ -19,7 +19,7 @@ import torch
 
 from nanoengine.testing.mock_model import mark
 from tests.server.mock_plugin import DIES, HANGS
-from tests.server.mock_server import engine_of, events, https_of, metric, mock_server
+from tests.server.mock_server import MockServer, engine_of, events, https_of, metric, mock_server
 from tests.server.running import Running, alive, until
 
 DEADLINE = 2.0  # health_deadline of the servers here
@@ -44,16 +44,16 @@ STREAMS: Sequence[tuple[str, dict[str, Any]]] = (
 """Requests whose bytes must be the same if their engine dies in the middle of them."""
 
 
-def start(folder: Path, workers: int) -> Running:
+def start(folder: Path, workers: int) -> MockServer:
     options = (f"workers={workers}", f"health_deadline={DEADLINE}", "restart.backoff=0.1", "drain_timeout=0.5")
-    slow = {"SLOW_MOCK_SECONDS": "0.004"}  # a stream takes a second: it is open when something happens to its engine
-    return mock_server(folder, *(f"server.{each}" for each in options), slow=True, env=slow)
+    return mock_server(folder, *(f"server.{each}" for each in options), slow=True)
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    with start(tmp_path_factory.mktemp("three"), 3) as running:
-        yield running.until_ready()
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MockServer]:
+    with start(tmp_path_factory.mktemp("two"), 2) as running:
+        running.until_ready()
+        yield running
 
 
 def stream(
@@ -88,20 +88,23 @@ def completion(server: Running, **body: Any) -> Any:
     return json.loads(text)
 
 
-def streams_over_a_death(server: Running) -> None:
+def streams_over_a_death(server: MockServer) -> None:
     """A4, A6, A45: the engine is killed while streams of all kinds run; they go on, and health says what happens."""
     with ThreadPoolExecutor(len(STREAMS)) as threads:
         plain = [answers(found) for found in threads.map(lambda each: stream(server, *each), STREAMS)]
+    server.steps_take(0.1)  # a stream takes half a minute: it is open when its engine is killed
     threads, running = ThreadPoolExecutor(len(STREAMS)), threading.Barrier(len(STREAMS) + 1)
-    going_on = [threads.submit(stream, server, path, body, 2, running.wait) for path, body in STREAMS]
+    going_on = [threads.submit(stream, server, path, body, 1, running.wait) for path, body in STREAMS]
     running.wait()
     pid = engine_of(server)
     os.kill(pid, signal.SIGKILL)
-    until(lambda: server.get("/health") == 503, lambda: server.log)  # at once: the next engine is there in seconds
-    assert (server.get("/live"), server.get("/ready")) == (200, 503)
-    status, headers, body = server.ask("/v1/completions", {"prompt": PROMPT, "max_tokens": 4})
-    assert (status, json.loads(body)["error"]["code"]) == (503, "unavailable")
-    assert int(headers["retry-after"]) >= 1
+    server.steps_take(0)
+    with server.one_process() as ask:
+        until(lambda: ask("/health")[0] == 503, lambda: server.log)  # at once: the next engine is there in seconds
+        assert (ask("/live")[0], ask("/ready")[0]) == (200, 503)
+        status, headers, body = ask("/v1/completions", {"prompt": PROMPT, "max_tokens": 4})
+        assert (status, json.loads(body)["error"]["code"]) == (503, "unavailable")
+        assert int(headers["retry-after"]) >= 1
     found = [each.result() for each in going_on]
     threads.shutdown()
     server.until_ready()
@@ -114,12 +117,13 @@ def streams_over_a_death(server: Running) -> None:
         assert found[number][-1]["usage"]["completion_tokens"] == 300 * len(plain[number])
 
 
-def test_a4_a6_a45_streams_go_on_when_the_engine_dies_with_several_processes(server: Running) -> None:
+def test_a4_a6_a45_streams_go_on_when_the_engine_dies_with_several_processes(server: MockServer) -> None:
     streams_over_a_death(server)
 
 
 def test_a4_health_is_503_within_the_deadline_of_a_stopped_engine(server: Running) -> None:
-    assert [server.get(path) for path in ("/live", "/ready", "/health")] == [200, 200, 200]
+    for path in ("/live", "/ready", "/health"):
+        until(lambda path=path: server.get(path) == 200, lambda: server.log)  # type: ignore[misc]
     pid = engine_of(server)
     os.kill(pid, signal.SIGSTOP)
     try:
@@ -179,7 +183,8 @@ def test_an_http_process_that_dies_frees_its_requests(server: Running) -> None:
 
 def test_one_process_survives_its_engine_and_a7_aborts_what_does_not_end_in_time(tmp_path: Path) -> None:
     with start(tmp_path, 1) as server:
-        streams_over_a_death(server.until_ready())
+        server.until_ready()
+        streams_over_a_death(server)
         children = server.children()
         body = {"prompt": PROMPT, "max_tokens": 100_000, "ignore_eos": True, "stream": True}
         with server.opened("/v1/completions", body) as response:
@@ -209,9 +214,9 @@ def test_a6_an_engine_that_dies_and_is_not_started_again_ends_the_server_and_its
 
 
 def test_a5_a_long_prefill_is_healthy_and_a7_sigterm_drains(tmp_path: Path) -> None:
-    slow = {"SLOW_MOCK_SECONDS": "0.03"}
-    with mock_server(tmp_path, "server.health_deadline=1", "server.workers=2", slow=True, env=slow) as server:
+    with mock_server(tmp_path, "server.health_deadline=2", "server.workers=2", slow=True) as server:
         server.until_ready()
+        server.steps_take(0.06)
         children, seen = server.children(), list[int]()
         prompt = [1 + n % 200 for n in range(100_000)]
         answered = list[int]()
@@ -222,8 +227,9 @@ def test_a5_a_long_prefill_is_healthy_and_a7_sigterm_drains(tmp_path: Path) -> N
         thread.start()
         while thread.is_alive():
             seen.append(server.get("/health"))
+            time.sleep(0.05)
         thread.join()
-        assert time.monotonic() - began > 1.4  # 49 steps without an output, longer than the deadline
+        assert time.monotonic() - began > 2.8  # 49 steps without an output, longer than the deadline
         assert (answered, set(seen)) == ([200], {200})
 
         def drain() -> None:
@@ -231,7 +237,9 @@ def test_a5_a_long_prefill_is_healthy_and_a7_sigterm_drains(tmp_path: Path) -> N
             _, headers, _ = server.until_draining("/v1/completions", {"prompt": PROMPT, "max_tokens": 4})
             assert "retry-after" in headers
             assert server.get("/health") == 200
+            server.steps_take(0)
 
+        server.steps_take(0.2)  # the stream is open until it has been seen that the server drains
         found = stream(server, "/v1/completions", {"prompt": PROMPT, "max_tokens": 60}, at=3, act=drain)
         assert found[-1]["usage"]["completion_tokens"] == 60
         assert server.status() == 0
@@ -241,11 +249,11 @@ def test_a5_a_long_prefill_is_healthy_and_a7_sigterm_drains(tmp_path: Path) -> N
 @pytest.mark.slow
 def test_a_request_that_ends_or_hangs_its_engine_fails_alone(tmp_path: Path) -> None:
     options = ("health_deadline=1", "restart.hang_timeout=1", "restart.backoff=0.01", "workers=2")
-    slow = {"SLOW_MOCK_SECONDS": "0.005"}
-    with mock_server(tmp_path, *(f"server.{each}" for each in options), slow=True, env=slow) as server:
+    with mock_server(tmp_path, *(f"server.{each}" for each in options), slow=True) as server:
         path, body = STREAMS[1]
         plain = answers(stream(server.until_ready(), path, body))
         found = list[dict[str, Any]]()
+        server.steps_take(0.01)  # it runs when the engine dies
         thread = threading.Thread(target=lambda: found.extend(stream(server, path, body)))
         thread.start()
         status, _, text = server.ask("/v1/completions", {"prompt": [DIES, 1, 2], "max_tokens": 4})
@@ -260,7 +268,7 @@ def test_a_request_that_ends_or_hangs_its_engine_fails_alone(tmp_path: Path) -> 
         server.until_ready()
         pid = engine_of(server)
         with server.opened("/v1/completions", {"prompt": [HANGS, 1], "stream": True}, wait=False):
-            until(lambda: server.get("/health") == 503, lambda: server.log, 10.0)
+            until(lambda: server.get("/health") == 503, lambda: server.log)
             assert server.get("/live") == 200
         until(lambda: not alive(pid), lambda: server.log)  # the client is gone: its request is not tried again
         assert completion(server.until_ready(), prompt=[1, 2, 3])

@@ -38,11 +38,17 @@ async def tokens(client: EngineClient, asked: ClientRequest) -> tuple[int, ...]:
 
 
 async def until(condition: Callable[[], bool], what: str = "the condition") -> None:
-    for _ in range(2000):
+    for _ in range(12_000):  # a minute
         if condition():
             return
         await asyncio.sleep(0.005)
     raise AssertionError(f"{what} did not come")
+
+
+def pass_deadlines(service: EngineService) -> None:
+    """The time of all requests that wait until now is over."""
+    with service._lock:
+        service._queue._deadlines = [(0.0, number, entry) for _, number, entry in service._queue._deadlines]
 
 
 @asynccontextmanager

@@ -405,7 +405,7 @@ asyncio.run(main())
 @pytest.mark.parametrize("where", ["thread", "process"])
 def test_a_program_that_closes_nothing_ends_well(folder: Path, where: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", _UNCLOSED, str(folder), where], capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", _UNCLOSED, str(folder), where], capture_output=True, text=True, timeout=200
     )
     assert (done.returncode, done.stderr) == (0, "")
 

@@ -146,7 +146,7 @@ def test_closing_a_stream_ends_the_task_that_reads_it() -> None:
         task = asyncio.create_task(read())
         await asyncio.sleep(0)
         stream.close()
-        return await asyncio.wait_for(task, 5)
+        return await asyncio.wait_for(task, 60)
 
     assert asyncio.run(close()) == []
 

@@ -16,6 +16,7 @@ def usual() -> Iterator[None]:
     yield
     gc.set_threshold(*threshold)
     gc.unfreeze()
+    gc.freeze()  # the suite's own again
 
 
 def collections(settled: bool) -> int:

@@ -19,7 +19,7 @@ from nanoengine.service.local import LocalClient
 from nanoengine.service.options import LimitOptions
 from nanoengine.service.parts import service_of
 from nanoengine.testing import mock_model
-from tests.service.support import request, until
+from tests.service.support import pass_deadlines, request, until
 
 
 class Waiting:
@@ -190,13 +190,14 @@ def test_a29_a30_the_service_counts_samples_refuses_and_ends_what_waits_too_long
         await until(lambda: service.stats().running == 1)
         await until(lambda: service.stats().queued_requests == 0)
         waiting = await client.add(request("w", [1, 2], n=3, client="ann"))
-        late = await client.add(request("late", [1, 2], timeout=0.05))
+        late = await client.add(request("late", [1, 2], timeout=50))
         stats = service.stats()
         assert (stats.queued_requests, stats.queued_tokens, stats.queued_by_client) == (4, 8, {"ann": 3, "": 1})
         assert (stats.started_requests, stats.started_tokens) == (1, 1)
         with pytest.raises(RequestError, match="over its limit by 1 requests") as caught:
             await client.add(request("x", [1]))
         assert caught.value.retry_after is not None
+        pass_deadlines(service)
         (ended,) = [delta async for delta in late]
         assert ended.error is not None
         assert ended.error.code == "deadline"

@@ -59,7 +59,7 @@ def test_a_process_serves_several_clients_and_ends_with_its_starter(tmp_path: Pa
         began = time.monotonic()
         engine.close()
         assert engine.process.returncode == 0
-        assert time.monotonic() - began < 10
+        assert time.monotonic() - began < 50
         await until(lambda: not clients[1].health.alive)
         assert "closed" in str(clients[1].health.reason)
 

@@ -11,6 +11,7 @@ import pytest
 
 from nanoengine import EngineClosed, RequestError, WorkerError
 from nanoengine.api.errors import ModelError
+from nanoengine.distributed.faults import phase_of
 
 from . import faulty
 from .support import PARAMS, faulty_llm, generate, pids
@@ -37,7 +38,7 @@ def gone(pid: int) -> bool:
 )
 def test_in_a_step(token: int, rank: int | None, cause: str, trace: str, tmp_path: Path) -> None:
     """The first request has finished by then; the second is in the middle; the third brings the fault."""
-    llm = faulty_llm(tmp_path, step_timeout=2.0, max_num_seqs=2)
+    llm = faulty_llm(tmp_path, step_timeout=2.0 if token == faulty.HANGS else 60.0, max_num_seqs=2)
     processes = pids(llm)
     prompts, lengths = [[1, 2], [3] * 9, [4, token]], (2, 400, 5)
     with pytest.raises(WorkerError, match=rf"rank \d of 2 failed \(step \d\): {cause}") as caught:
@@ -85,14 +86,16 @@ def test_killed_while_idle(tmp_path: Path) -> None:
     llm = faulty_llm(tmp_path)
     (answer,) = generate(llm, [[1, 2]])
     assert len(answer) == 12
-    time.sleep(0.3)  # rank 0's result is there before rank 1 is done
+    shared = llm._built.executor._shared  # type: ignore[attr-defined]
+    while phase_of(shared, 1) != "idle":  # rank 0's result is there before rank 1 is done
+        time.sleep(0.01)
     os.kill(pids(llm)[1], signal.SIGSEGV)  # as a library's fault; the kernel's SIGKILL leaves no stack
     began = time.monotonic()
     with pytest.raises(WorkerError, match=r"rank 1 of 2 failed \(idle\): .*killed by SIGSEGV") as caught:
         llm.generate([[1, 2]], PARAMS, use_tqdm=False)
     assert "Fatal Python error: Segmentation fault" in caught.value.traceback
     assert "in _serve" in caught.value.traceback
-    assert time.monotonic() - began < 10, "detected by the socket, not by a deadline of 60 s"
+    assert time.monotonic() - began < 50, "detected by the socket, not by a deadline of 60 s"
 
 
 def test_an_exception_at_the_start(tmp_path: Path) -> None:

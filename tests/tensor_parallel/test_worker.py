@@ -104,7 +104,7 @@ class Step:
         self.plan, self.gate = plan, gate
 
     def wait(self) -> StepResult:
-        self.gate.wait(10)
+        self.gate.wait(60)
         if self.plan.step == 13:
             raise RuntimeError("the device says no")
         return StepResult(step=self.plan.step, token_ids=i32([self.plan.step]))
@@ -186,7 +186,7 @@ class Hosted:
 
     def close(self) -> None:
         self.channel.close()
-        self.thread.join(5)
+        self.thread.join(60)
         self.theirs.close()
         self.worker._shared.close()
         self.shared.close()
@@ -198,7 +198,7 @@ def test_a_worker_launches_while_results_are_awaited(monkeypatch: pytest.MonkeyP
     hosted.plan(1, 101)
     hosted.plan(2, 102)
     hosted.channel.send(Kind.PLAN, 2)  # announced twice, after an interrupt
-    assert [hosted.runner.launched.get(timeout=5) for _ in range(2)] == [101, 102]
+    assert [hosted.runner.launched.get(timeout=60) for _ in range(2)] == [101, 102]
     with Parcel(pickle.dumps(("ask", (41,)))) as parcel:
         hosted.channel.send(Kind.CALL, 0, parcel)
     time.sleep(0.05)
@@ -207,7 +207,7 @@ def test_a_worker_launches_while_results_are_awaited(monkeypatch: pytest.MonkeyP
     assert pickle.loads(hosted.hear(Kind.ANSWER).parcel or b"") == 42
     assert hosted.runner.launched.empty()
     hosted.channel.send(Kind.STOP)
-    assert hosted.exited.get(timeout=5) == 0
+    assert hosted.exited.get(timeout=60) == 0
     hosted.close()
 
 
@@ -217,20 +217,20 @@ def test_a_worker_finishes_a_late_step_when_its_columns_come(monkeypatch: pytest
     hosted = Hosted(monkeypatch, slot_bytes)
     hosted.runner.gate.set()
     hosted.plan(1, 101, late=True)
-    assert hosted.runner.launched.get(timeout=5) == 101
+    assert hosted.runner.launched.get(timeout=60) == 101
     assert hosted.shared.word(0, Word.LAUNCHED) == 0
     hosted.columns(1, 40, 2)
-    assert hosted.runner.launched.get(timeout=5) == -42
+    assert hosted.runner.launched.get(timeout=60) == -42
     assert hosted.result(1) == 101
     hosted.channel.send(Kind.COLUMNS, 1)  # announced twice, after an interrupt
     hosted.plan(2, 102, late=True)
     hosted.plan(3, 103, late=True)
     hosted.columns(3)
     hosted.plan(4, 104)
-    assert [hosted.runner.launched.get(timeout=5) for _ in range(4)] == [102, 103, 0, 104]
+    assert [hosted.runner.launched.get(timeout=60) for _ in range(4)] == [102, 103, 0, 104]
     assert [hosted.result(3), hosted.result(4)] == [103, 104]
     hosted.channel.send(Kind.STOP)
-    assert hosted.exited.get(timeout=5) == 0
+    assert hosted.exited.get(timeout=60) == 0
     hosted.close()
 
 
@@ -240,7 +240,7 @@ def test_what_a_device_says_late_ends_the_worker(monkeypatch: pytest.MonkeyPatch
     hosted.plan(1, 13)
     report = pickle.loads(hosted.hear(Kind.FAILED).parcel or b"")
     assert (report.phase, report.cause, report.follows) == ("step 1", "RuntimeError: the device says no", False)
-    assert hosted.exited.get(timeout=5) == 1
+    assert hosted.exited.get(timeout=60) == 1
     hosted.close()
 
 

@@ -67,8 +67,10 @@ def _hints(registry: Registry, words: Sequence[str]) -> Iterator[None]:
             error.message += instead_of_option(registry, option, words)  # type: ignore[attr-defined]
         elif "overrides" in params and getattr(getattr(error, "param", None), "name", "") == "config":
             from nanoengine.cli.completion import example_of
+            from nanoengine.cli.trace_option import taken_for_a_trace
 
-            error.message = example_of(context.command_path)  # type: ignore[attr-defined]
+            taken = taken_for_a_trace(words) if "trace" in params else ""
+            error.message = example_of(context.command_path) + taken  # type: ignore[attr-defined]
         raise
 
 

@@ -24,9 +24,14 @@ _FIRST = "nanoengine.first_override"  # key in the context: the override that st
 _OVERRIDE = re.compile(r"(\+\+?|~)?[^\W\d][\w.-]*=")
 
 
+def is_override(word: str) -> bool:
+    """Whether it is `key=value`, and not the name of a file that is there."""
+    return bool(_OVERRIDE.match(word)) and not os.path.exists(word)
+
+
 def _configuration(context: typer.Context, given: str) -> str:
     """The configuration; an override in its place belongs to the recipe `bare`: `nanoengine run model=NAME`."""
-    if not _OVERRIDE.match(given) or Path(given).exists():
+    if not is_override(given):
         return given
     context.meta[_FIRST] = given
     return BARE

@@ -9,7 +9,7 @@ from nanoengine.api.specs import CommandSpec
 @hookimpl
 def register_commands() -> list[CommandSpec]:
     commands = (
-        ("run", "run:run", "Answer the prompts of a configuration."),
+        ("run", "run:command", "Answer the prompts of a configuration."),
         ("chat", "chat:chat", "Talk with a model."),
         ("config", "config:app", "Look at configurations."),
         ("plugins", "plugins:app", "Look at plugins, or start a new one."),

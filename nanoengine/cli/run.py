@@ -28,6 +28,7 @@ from nanoengine.cli.common import (
 )
 from nanoengine.cli.parent import end_with_parent
 from nanoengine.cli.threads import CHOSEN
+from nanoengine.cli.trace_option import trace_option, trace_words, traced_command
 from nanoengine.observe.files import user_path
 from nanoengine.observe.progress import Progress
 from nanoengine.params.seeds import request_seed
@@ -68,10 +69,8 @@ def run(
     ] = False,
     trace: Annotated[
         Path | None,
-        typer.Option(
-            "--trace",
-            metavar="FILE",
-            help="Write every step as a timeline for ui.perfetto.dev. In a sweep: a file name, used in each folder.",
+        trace_option(
+            "Write every step as a timeline for ui.perfetto.dev. In a sweep: a file name, used in each folder."
         ),
     ] = None,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Print each phase of the start.")] = False,
@@ -88,7 +87,7 @@ def run(
             flags = {"--resume": resume, "--verbose": verbose, "--debug": debug}
             words = [flag for flag, given in flags.items() if given]
             words += [word for path in plugin or () for word in ("--plugin", str(path))]
-            words += ["--trace", str(trace)] if trace is not None else []
+            words += trace_words(trace)
             call("sweep", [*words, "--", config, *(overrides or ())])
             status = 0
         else:
@@ -102,6 +101,9 @@ def run(
             )
         if status:
             raise typer.Exit(status)
+
+
+command = traced_command(run)
 
 
 def run_config(

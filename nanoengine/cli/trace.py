@@ -1,4 +1,4 @@
-"""`nanoengine run --trace FILE`: writes the steps of the run as a timeline."""
+"""`nanoengine run --trace`: writes the steps of the run as a timeline."""
 
 from __future__ import annotations
 

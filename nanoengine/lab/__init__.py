@@ -12,7 +12,7 @@ def register_commands() -> list[CommandSpec]:
     commands = (
         ("bench", "bench:app", "Measure the engine."),
         ("report", "report:report", "Make an HTML page of the results of a run or a sweep."),
-        ("sweep", "sweep:sweep", "Run every combination of the overrides' values."),
+        ("sweep", "sweep:command", "Run every combination of the overrides' values."),
         ("config explain", "explain:explain", "Print what keys of a configuration mean: type, default, range."),
         ("doctor", "doctor:doctor", doctor),
         ("plugins doctor", "doctor:doctor", doctor),

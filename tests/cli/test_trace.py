@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from typer.testing import Result
 
+from nanoengine.cli.trace_option import with_trace_file
 from nanoengine.observe.trace import TraceFile
 from nanoengine.testing.checkpoints import tiny_llama
 from tests.engine.timeline import check, read
@@ -66,11 +67,44 @@ def test_chunks_sharing_and_preemption_are_on_the_timeline(nanoengine: Run, conf
     assert sum(step.args["new_tokens"] for step in found.steps) == record["summary"]["generated_tokens"] == 144
 
 
-def test_the_answers_are_those_of_a_run_without(nanoengine: Run, config: str, rows: Callable[[], list[Any]]) -> None:
-    assert nanoengine("run", config, "--trace", "out.json").exit_code == 0
+def test_the_answers_are_those_of_a_run_without(
+    nanoengine: Run, config: str, rows: Callable[[], list[Any]], tmp_path: Path
+) -> None:
+    """`--trace` alone takes no override for its file."""
+    assert nanoengine("run", config, "--trace", "engine.max_num_seqs=2").exit_code == 0
+    found = read(tmp_path / "trace.json").counters["rows"]
+    assert max(each["decode"] + each["prefill"] for each in found) == 2
     with_trace = {row["index"]: row["outputs"] for row in rows()}
     assert nanoengine("run", config).exit_code == 0
     assert {row["index"]: row["outputs"] for row in rows()} == with_trace
+
+
+@pytest.mark.parametrize(
+    ("words", "file"),
+    [
+        ("cfg.yaml --trace", True),
+        ("cfg.yaml --trace engine.seed=1", True),
+        ("cfg.yaml --trace +engine.seed=1", True),
+        ("cfg.yaml --trace ~output", True),
+        ("--trace -m cfg.yaml", True),
+        ("--trace -- cfg.yaml", True),
+        ("cfg.yaml --trace out.json", False),
+        ("cfg.yaml --trace ~/out.json engine.seed=1", False),
+        ("cfg.yaml --trace -", False),
+        ("cfg.yaml --trace=out.json a=b", False),
+        ("-- cfg.yaml --trace", False),
+    ],
+)
+def test_only_a_word_that_is_nothing_else_is_the_file(words: str, file: bool) -> None:
+    given = words.split()
+    want = ["--trace=trace.json" if file and word == "--trace" else word for word in given]
+    assert with_trace_file(given) == want
+
+
+def test_a_configuration_that_was_taken_for_the_file_is_reported(nanoengine: Run, config: str) -> None:
+    result = nanoengine("run", "--trace", config)
+    assert result.exit_code == 2
+    assert "The word behind --trace is its file" in result.stderr
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from nanoengine.cli.common import FAILED, ending, say
 from nanoengine.cli.config import render
 from nanoengine.cli.parent import run_child
 from nanoengine.cli.record import read_record, write_whole
+from nanoengine.cli.trace_option import trace_words
 from nanoengine.lab.cli.combinations import Combination, combinations
 from nanoengine.lab.cli.sweep_report import Outcome, plot, print_table, write_answers, write_csv
 from nanoengine.observe.files import user_path
@@ -214,9 +215,7 @@ def _run(todo: Sweep, options: Sequence[str], trace: Path | None) -> int:
     for number, job in enumerate(todo.jobs):
         say(_heading(number, job, todo.jobs))
         try:
-            status = _outcome(
-                job, todo, [*options, *(["--trace", str(job.folder.absolute() / trace)] if trace else [])]
-            )
+            status = _outcome(job, todo, [*options, *trace_words(job.folder.absolute() / trace if trace else None)])
         except KeyboardInterrupt as interrupt:
             word, stopped = ending(interrupt)
             outcomes.append(_entry(number, job, word))

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from nanoengine.cli.common import ConfigArgument, DebugOption, OverridesArgument, PluginOption, user_errors
+from nanoengine.cli.trace_option import trace_option, traced_command
 from nanoengine.lab.cli import multirun
 
 
@@ -18,7 +19,7 @@ def sweep(
     resume: Annotated[bool, typer.Option("--resume", help="Continue a sweep: give its folder.")] = False,
     trace: Annotated[
         Path | None,
-        typer.Option("--trace", metavar="NAME", help="Name of a file for the timeline, in each combination's folder."),
+        trace_option("Name of a file for the timeline, in each combination's folder."),
     ] = None,
     verbose: Annotated[
         bool, typer.Option("--verbose", "-v", help="Print each phase of the starts, into each run.log.")
@@ -31,3 +32,6 @@ def sweep(
         status = multirun.sweep(config, overrides or (), plugin or (), resume=resume, options=options, trace=trace)
         if status:
             raise typer.Exit(status)
+
+
+command = traced_command(sweep)

@@ -6,9 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-KernelName = Literal["attention_codes"]
+KernelName = Literal["attention_codes", "int4_gluon", "int4_tiles"]
 KERNELS: Mapping[KernelName, bool] = {
     "attention_codes": True,  # K and V in eight bits by wgmma on Hopper GPUs; else by the decode kernel in Triton
+    "int4_gluon": True,  # products of four bits by kernels for Hopper GPUs in Gluon; else by those in Triton
+    "int4_tiles": False,  # codes lie as tensor cores take them, for up to 8 rows; else row by row
 }
 """Whether each is on by default. What reads a name: `KernelChoice.has`."""
 

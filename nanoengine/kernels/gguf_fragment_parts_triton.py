@@ -15,8 +15,8 @@ import triton.language as tl
 
 from nanoengine.kernels.gguf_fragments import FRAGMENTS
 
-_MMA = "mma.sync.aligned.m16n8k16.row.col.f32.{0}.{0}.f32"
-_KINDS = {torch.bfloat16: ("bf16", "0x43004300", "0x3F803F80"), torch.float16: ("f16", "0x64006400", "0x3C003C00")}
+MMA = "mma.sync.aligned.m16n8k16.row.col.f32.{0}.{0}.f32"
+KINDS = {torch.bfloat16: ("bf16", "0x43004300", "0x3F803F80"), torch.float16: ("f16", "0x64006400", "0x3C003C00")}
 
 
 @functools.cache
@@ -30,8 +30,8 @@ def assembly(kind: str, dtype: torch.dtype) -> tuple[str, str, str]:
 def _group(kind: str, dtype: torch.dtype, part: int, *, signed: bool = False) -> str:
     """Words of rows g and g + 8 ($8, $9), further bits of both ($10), x ($11 to $14), sums ($15 to $22) -> sums. Of
     Q6_K the second half of a group has sums of its own."""
-    name, base, _ = _KINDS[dtype]
-    mma, more = _MMA.format(name), FRAGMENTS[kind].more
+    name, base, _ = KINDS[dtype]
+    mma, more = MMA.format(name), FRAGMENTS[kind].more
     lines = [".reg .b32 a<4>, s, m;"]
     for half in range(2):
         for at in range(4):
@@ -60,8 +60,8 @@ def _or(base: str, bits: int) -> str:
 
 def _sums(kind: str, dtype: torch.dtype) -> str:
     """x of a group in each column ($4 to $7) -> its sums in two of them; of Q6_K of each half."""
-    name, _, one = _KINDS[dtype]
-    mma, ones = _MMA.format(name), "{a, a, a, a}"
+    name, _, one = KINDS[dtype]
+    mma, ones = MMA.format(name), "{a, a, a, a}"
     lines = [".reg .b32 a; .reg .f32 z, p, q;", f"mov.b32 a, {one};", "mov.f32 z, 0f00000000;"]
     lines.append(f"{mma} {{$0, $1, p, q}}, {ones}, {{$4, $5}}, {{z, z, z, z}};")
     if kind == "Q6_K":
@@ -125,7 +125,7 @@ def only(x, here, ASM: tl.constexpr):
 
 
 @triton.jit
-def _by_column(values):
+def by_column(values):
     """What a product would return: [warps, rows, columns] -> two columns of each thread's row."""
     first, second = tl.split(tl.reshape(values, (values.shape[0], 8, 4, 2)))
     return tl.reshape(first, (values.shape[0] * 32,)), tl.reshape(second, (values.shape[0] * 32,))
@@ -140,8 +140,8 @@ def _half_sums(codes, x, HALVES: tl.constexpr):
     first, second = tl.split(each)
     if not HALVES:
         first, second = first + second, 0.0 * second
-    c0, c1 = _by_column(first)
-    e0, e1 = _by_column(second)
+    c0, c1 = by_column(first)
+    e0, e1 = by_column(second)
     return c0, c1, e0, e1
 
 

@@ -121,7 +121,7 @@ def _joined(y):
 
 
 @triton.jit
-def _sums_of_rows(y, z, WARPS: tl.constexpr, BLOCK_T: tl.constexpr, GATED: tl.constexpr):
+def sums_of_rows(y, z, WARPS: tl.constexpr, BLOCK_T: tl.constexpr, GATED: tl.constexpr):
     """Sums of threads -> of the program's rows [32, BLOCK_T], a gated tile's as `matvec_parts_triton.halves` has
     them."""
     if BLOCK_T == 1:  # [threads, half of a tile, tile]
@@ -197,7 +197,7 @@ def _fragments_kernel(
                     x = inputs(z_ptrs + at, here, KIND, EVEN is not None)
                     z = _eight_tokens(a, b, rows_of, x, z, zero, j, KIND, FOURS, MORE, BASE, EVEN, ODD, SUMS)
         a, b = next_a, next_b
-    acc = _sums_of_rows(y, z, WARPS, BLOCK_T, GATED) * scale
+    acc = sums_of_rows(y, z, WARPS, BLOCK_T, GATED) * scale
     finish_tile(
         acc, tl.program_id(2) * BLOCK_T + tl.arange(0, BLOCK_T), bias_ptr, add_ptr, y_ptr, squares_ptr, next_ptr,
         scaled_ptr, sums_ptr, rows, y_stride, add_stride, eps,

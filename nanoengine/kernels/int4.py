@@ -18,6 +18,8 @@ from nanoengine.kernels.activation import Activation, act_and_mul
 
 UNIT = 32
 """Inputs whose codes are 8 words: a group is a multiple of it."""
+TILE = (16, 128)
+"""Rows and inputs of a tile: of `in_tiles`."""
 SYMMETRIC_ZERO = 8
 _CPU_TILE, _GPU_TILE = 1 << 20, 1 << 24  # weights that are dequantised at a time: in the CPU's cache; few launches
 
@@ -31,12 +33,14 @@ class Int4Weight:
         scales: float16, bfloat16 or float32 [out, in / group].
         zeros: uint8 [out, in / group]; None: all are 8.
         group: inputs that share a scale and a zero; a multiple of 32 that divides `in`.
+        tiled: all three are in the order of `in_tiles`, in these shapes.
     """
 
     codes: Tensor
     scales: Tensor
     zeros: Tensor | None
     group: int
+    tiled: bool = False
 
     def __post_init__(self) -> None:
         outputs, inputs = self.shape
@@ -60,6 +64,7 @@ class Int4Weight:
 
     def rows(self, index: slice) -> Int4Weight:
         """Some of the outputs. They share memory with this."""
+        assert not self.tiled
         zeros = None if self.zeros is None else self.zeros[index]
         return Int4Weight(self.codes[index], self.scales[index], zeros, self.group)
 
@@ -76,8 +81,40 @@ def unpack_codes(packed: Tensor) -> Tensor:
     return torch.stack((low & 15, low >> 4, high & 15, high >> 4), 2).flatten(1)
 
 
+def fits_tiles(weight: Int4Weight) -> bool:
+    """Whether `in_tiles` takes it: rows in pairs of tiles, also those of a gate and its ups."""
+    outputs, inputs = weight.shape
+    return outputs % (4 * TILE[0]) == 0 and weight.group % TILE[1] == 0 and inputs % TILE[1] == 0
+
+
+def in_tiles(weight: Int4Weight) -> Int4Weight:
+    """The same bits in the order in which warps read them: codes [out / 16, in / 128, 16 rows, 64 bytes], scales and
+    zeros [out / 16, groups, 8, 2], of which the last two are rows that are 8 apart."""
+    rows, inputs = TILE
+    codes = weight.codes.view(-1, rows, weight.shape[1] // inputs, inputs // 2).transpose(1, 2)
+
+    def turned(each: Tensor) -> Tensor:
+        return each.view(-1, 2, rows // 2, each.shape[1]).permute(0, 3, 2, 1).reshape(each.shape)
+
+    zeros = None if weight.zeros is None else turned(weight.zeros)
+    return Int4Weight(codes.reshape(weight.codes.shape), turned(weight.scales), zeros, weight.group, tiled=True)
+
+
+def in_rows(weight: Int4Weight) -> Int4Weight:
+    """A weight in tiles -> row by row."""
+    rows, inputs = TILE
+    codes = weight.codes.view(-1, weight.shape[1] // inputs, rows, inputs // 2).transpose(1, 2)
+
+    def turned(each: Tensor) -> Tensor:
+        return each.view(-1, each.shape[1], rows // 2, 2).permute(0, 3, 2, 1).reshape(each.shape)
+
+    zeros = None if weight.zeros is None else turned(weight.zeros)
+    return Int4Weight(codes.reshape(weight.codes.shape), turned(weight.scales), zeros, weight.group)
+
+
 def dequantise(weight: Int4Weight) -> Tensor:
     """float32 [out, in]. Each value is exact but for the rounding of one product."""
+    assert not weight.tiled
     codes = unpack_codes(weight.codes).float().view(*weight.scales.shape, weight.group)
     zeros = SYMMETRIC_ZERO if weight.zeros is None else weight.zeros.float().unsqueeze(2)
     return ((codes - zeros) * weight.scales.float().unsqueeze(2)).flatten(1)

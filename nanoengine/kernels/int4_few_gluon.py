@@ -138,7 +138,7 @@ def _few_kernel(
     N: gl.constexpr, K: gl.constexpr, GROUP: gl.constexpr, BLOCK_T: gl.constexpr, BLOCK_N: gl.constexpr,
     WARPS: gl.constexpr, STEPS: gl.constexpr, CHUNK: gl.constexpr, AHEAD: gl.constexpr,
     SHORT: gl.constexpr,
-    HAS_ZEROS: gl.constexpr, GATED: gl.constexpr, ACTIVATION: gl.constexpr,
+    HAS_ZEROS: gl.constexpr, TILED: gl.constexpr, GATED: gl.constexpr, ACTIVATION: gl.constexpr,
     HAS_BIAS: gl.constexpr, HAS_ADD: gl.constexpr, SQUARES: gl.constexpr, PARTS: gl.constexpr, NEXT: gl.constexpr,
     SPLITS: gl.constexpr, ASM: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip

@@ -30,7 +30,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from nanoengine.kernels.activation import Activation
 from nanoengine.kernels.int4 import Int4Weight
-from nanoengine.kernels.int4_parts_gluon import do, finish_tile, weight_rows
+from nanoengine.kernels.int4_parts_gluon import do, finish_tile, group_at, weight_rows, word_at, word_rows
 from nanoengine.kernels.int4_product import Int4Product
 from nanoengine.kernels.matmul import Scaled
 from nanoengine.kernels.matmul_gluon import shared_layout
@@ -120,7 +120,7 @@ def _ask_for_tokens(x_desc, xs, ready, stage, t0, k, BYTES: gl.constexpr):
 def _step(
     step, acc, values, before, scale, zero, x_desc, xs, ready, t0, words, word_ptrs, scales_ptr, zeros_ptr, at,
     STEPS: gl.constexpr, EACH: gl.constexpr, OF_WORDS: gl.constexpr, OF_VALUES: gl.constexpr, STAGES: gl.constexpr,
-    BLOCK_T: gl.constexpr, HAS_ZEROS: gl.constexpr,
+    BLOCK_T: gl.constexpr, HAS_ZEROS: gl.constexpr, TILED: gl.constexpr,
 ):  # fmt: skip
     """Starts the product with `values`, and makes those of the step behind it when that with `before` is made.
     scale, zero: of the step behind it."""
@@ -133,11 +133,12 @@ def _step(
         _ask_for_tokens(x_desc, xs, ready, free, t0, (step - 1 + STAGES) * 128, BLOCK_T * 256)
     async_copy.wait_group(max(0, STAGES - 2))
     mine = words.index((step + 1) % STAGES).load(OF_WORDS)
-    ahead = word_ptrs + gl.minimum(step + STAGES, STEPS - 1) * 32
+    ahead = word_ptrs + word_at(gl.minimum(step + STAGES, STEPS - 1) * 128, TILED)
     async_copy.async_copy_global_to_shared(words.index(stage), ahead)  # also behind the last: groups are counted
     async_copy.commit_group()
     next_values = _values(mine, scale, zero, x_desc, OF_WORDS, OF_VALUES, HAS_ZEROS)
-    next_scale, next_zero = _of_group(scales_ptr, zeros_ptr, at + gl.minimum(step + 2, STEPS - 1) // EACH, HAS_ZEROS)
+    group = gl.minimum(step + 2, STEPS - 1) // EACH
+    next_scale, next_zero = _of_group(scales_ptr, zeros_ptr, at + group * (16 if TILED else 1), HAS_ZEROS)
     return acc, next_values, next_scale, next_zero
 
 
@@ -147,7 +148,7 @@ def _many_kernel(
     squares_ptr, next_ptr, scaled_ptr, sums_ptr, rows, x_stride, y_stride, add_stride, eps,
     N: gl.constexpr, K: gl.constexpr, GROUP: gl.constexpr, BLOCK_T: gl.constexpr, BLOCK_N: gl.constexpr,
     WARPS: gl.constexpr, STAGES: gl.constexpr,
-    HAS_ZEROS: gl.constexpr, GATED: gl.constexpr, ACTIVATION: gl.constexpr,
+    HAS_ZEROS: gl.constexpr, TILED: gl.constexpr, GATED: gl.constexpr, ACTIVATION: gl.constexpr,
     HAS_BIAS: gl.constexpr, HAS_ADD: gl.constexpr, SQUARES: gl.constexpr, PARTS: gl.constexpr, NEXT: gl.constexpr,
     SPLITS: gl.constexpr, ASM: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
@@ -168,14 +169,17 @@ def _many_kernel(
         do("griddepcontrol.launch_dependents; // $0")
     ask: gl.constexpr = gl.BlockedLayout([1, 8], [8, 4], [WARPS, 1], [1, 0])
     source = weight_rows(gl.arange(0, width, layout=gl.SliceLayout(1, ask)), N, BLOCK_N, GATED)[:, None]
-    word_ptrs = codes_ptr + source * (K // 4) + gl.arange(0, 32, layout=gl.SliceLayout(0, ask))[None, :]
+    word_ptrs = word_rows(codes_ptr, source, K, TILED) + gl.arange(0, 32, layout=gl.SliceLayout(0, ask))[None, :]
     words = gl.allocate_shared_memory(gl.int16, [STAGES, width, 32], gl.SwizzledSharedLayout(8, 2, 4, order=[1, 0]))
     for i in gl.static_range(STAGES):
-        async_copy.async_copy_global_to_shared(words.index(i), word_ptrs + min(i, steps - 1) * 32)
+        async_copy.async_copy_global_to_shared(words.index(i), word_ptrs + word_at(min(i, steps - 1) * 128, TILED))
         async_copy.commit_group()
-    at = weight_rows(gl.arange(0, width, layout=gl.SliceLayout(1, of_words)), N, BLOCK_N, GATED) * (K // GROUP)
+    row = weight_rows(gl.arange(0, width, layout=gl.SliceLayout(1, of_words)), N, BLOCK_N, GATED)
+    at = group_at(row, 0, K // GROUP, TILED)
     scale, zero = _of_group(scales_ptr, zeros_ptr, at, HAS_ZEROS)
-    next_scale, next_zero = _of_group(scales_ptr, zeros_ptr, at + min(1, steps - 1) // each, HAS_ZEROS)
+    next_scale, next_zero = _of_group(
+        scales_ptr, zeros_ptr, at + min(1, steps - 1) // each * (16 if TILED else 1), HAS_ZEROS
+    )
     async_copy.wait_group(STAGES - 1)
     values = _values(words.index(0).load(of_words), scale, zero, x_desc, of_words, of_values, HAS_ZEROS)
     if PDL:
@@ -189,16 +193,16 @@ def _many_kernel(
     for pair in range(steps // 2):  # values that tensor cores still read stay where they are
         acc, others, next_scale, next_zero = _step(
             2 * pair, acc, values, others, next_scale, next_zero, x_desc, xs, ready, t0, words, word_ptrs,
-            scales_ptr, zeros_ptr, at, steps, each, of_words, of_values, STAGES, BLOCK_T, HAS_ZEROS,
+            scales_ptr, zeros_ptr, at, steps, each, of_words, of_values, STAGES, BLOCK_T, HAS_ZEROS, TILED,
         )  # fmt: skip
         acc, values, next_scale, next_zero = _step(
             2 * pair + 1, acc, others, values, next_scale, next_zero, x_desc, xs, ready, t0, words, word_ptrs,
-            scales_ptr, zeros_ptr, at, steps, each, of_words, of_values, STAGES, BLOCK_T, HAS_ZEROS,
+            scales_ptr, zeros_ptr, at, steps, each, of_words, of_values, STAGES, BLOCK_T, HAS_ZEROS, TILED,
         )  # fmt: skip
     if steps % 2 == 1:
         acc, others, next_scale, next_zero = _step(
             gl.to_tensor(steps - 1), acc, values, others, next_scale, next_zero, x_desc, xs, ready, t0, words,
-            word_ptrs, scales_ptr, zeros_ptr, at, steps, each, of_words, of_values, STAGES, BLOCK_T, HAS_ZEROS,
+            word_ptrs, scales_ptr, zeros_ptr, at, steps, each, of_words, of_values, STAGES, BLOCK_T, HAS_ZEROS, TILED,
         )  # fmt: skip
     acc, values, others = warpgroup_mma_wait(0, deps=(acc, values, others))
     async_copy.wait_group(0)

@@ -7,9 +7,12 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from nanoengine.kernels import int4_triton
 from nanoengine.kernels.activation_triton import act_mul
 
 _act_mul = gluon.jit(act_mul.fn)
+word_rows, word_at = gluon.jit(int4_triton.word_rows.fn), gluon.jit(int4_triton.word_at.fn)
+group_at = gluon.jit(int4_triton.group_at.fn)
 
 
 @gluon.jit

@@ -48,4 +48,4 @@ class Int4Product(SplitProduct):
         zeros = weight.scales if weight.zeros is None else weight.zeros
         codes: tuple[Any, ...] = weight.codes.view(torch.int16), weight.scales, zeros
         self.arguments = codes + self.arguments
-        self.constants |= {"GROUP": weight.group, "HAS_ZEROS": weight.zeros is not None}
+        self.constants |= {"GROUP": weight.group, "HAS_ZEROS": weight.zeros is not None, "TILED": weight.tiled}

@@ -124,6 +124,31 @@ def _cut(words, zeros, x_ptr, CODE: tl.constexpr, ASM: tl.constexpr):
 
 
 @triton.jit
+def word_rows(codes_ptr, row, K: tl.constexpr, TILED: tl.constexpr):
+    """Pointers to the first words of 16 bits of rows."""
+    if TILED:
+        return codes_ptr + row // 16 * (16 * (K // 4)) + row % 16 * 32
+    else:
+        return codes_ptr + row * (K // 4)
+
+
+@triton.jit
+def word_at(k, TILED: tl.constexpr):
+    """From the first words of a row to those of input k, a multiple of 64, in tiles of 128; words of as many inputs are
+    neighbours."""
+    return 4 * k if TILED else k // 4
+
+
+@triton.jit
+def group_at(row, group, GROUPS: tl.constexpr, TILED: tl.constexpr):
+    """Where the scale and the zero of a group of rows are."""
+    if TILED:
+        return (row // 16 * GROUPS + group) * 16 + row % 8 * 2 + row % 16 // 8
+    else:
+        return row * GROUPS + group
+
+
+@triton.jit
 def _zeros_at(zeros_ptr, at, HAS_ZEROS: tl.constexpr):
     """float32 zeros; 8 where a weight has none."""
     if HAS_ZEROS:
@@ -138,7 +163,7 @@ def _int4_kernel(
     squares_ptr, next_ptr, scaled_ptr, sums_ptr, rows, x_stride, y_stride, add_stride, eps,
     N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr, SPLITS: tl.constexpr, SPAN: tl.constexpr, AHEAD: tl.constexpr, STAGES: tl.constexpr,
-    HAS_ZEROS: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr,
+    HAS_ZEROS: tl.constexpr, TILED: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_ADD: tl.constexpr, SQUARES: tl.constexpr, PARTS: tl.constexpr, NEXT: tl.constexpr,
     ASM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -150,24 +175,26 @@ def _int4_kernel(
     t = tl.program_id(2) * BLOCK_T + tl.arange(0, BLOCK_T)
     token = tl.where(t < rows, t, 0).to(tl.int64)[None, :]
     release_dependents(PDL)
-    if PDL:
+    if PDL and not TILED:
         prefetch_rows(codes_ptr, source, first // 4, row[:, None] < N, K // 4, AHEAD)
-    at = source * groups + first // GROUP  # one group ahead: as few bytes as these are no copy of the pipeline's
+    at = group_at(
+        source, first // GROUP, groups, TILED
+    )  # one group ahead: as few bytes as these are no copy of the pipeline's
     scale = tl.load(scales_ptr + at).to(tl.float32)
     zero = _zeros_at(zeros_ptr, at, HAS_ZEROS)
     wait_for_inputs(PDL)
     word = tl.arange(0, BLOCK_K // 4)
-    word_ptrs = codes_ptr + source * (K // 4) + word[None, :]
+    word_ptrs = word_rows(codes_ptr, source, K, TILED) + word[None, :]
     x_ptrs = x_ptr + token * x_stride + (word // 8 * 32 + word % 8)[:, None]
     acc = tl.zeros((width, BLOCK_T), tl.float32)
     # Few tokens: codes are multiplied with what they stand on, of which a product with ones says how much it was.
     lifted: tl.constexpr = BLOCK_T <= 16 and x_ptr.dtype.element_ty != tl.float32
     offset: tl.constexpr = 128.0 if x_ptr.dtype.element_ty == tl.bfloat16 else 1024.0
     for start in tl.range(first, min(first + SPAN, K), BLOCK_K, num_stages=STAGES):
-        words = tl.load(word_ptrs + start // 4)
+        words = tl.load(word_ptrs + word_at(start, TILED))
         sums = tl.zeros((width, BLOCK_T), tl.float32)
         if lifted:
-            at = source * groups + min(start + BLOCK_K, K - 1) // GROUP
+            at = group_at(source, min(start + BLOCK_K, K - 1) // GROUP, groups, TILED)
             next_scale, next_zero = tl.load(scales_ptr + at).to(tl.float32), _zeros_at(zeros_ptr, at, HAS_ZEROS)
             plain = tl.zeros((width, BLOCK_T), tl.float32)
             ones = tl.full((width, BLOCK_K // 4), 1.0, x_ptr.dtype.element_ty)
@@ -179,12 +206,12 @@ def _int4_kernel(
             scale, zero = next_scale, next_zero
         else:
             # not ahead: words come in the layout of an operand only if no value of the iteration before joins them
-            zero_here = _zeros_at(zeros_ptr, source * groups + start // GROUP, HAS_ZEROS)
+            zero_here = _zeros_at(zeros_ptr, group_at(source, start // GROUP, groups, TILED), HAS_ZEROS)
             for code in tl.static_range(4):
                 x = tl.load(x_ptrs + start + 8 * code)
                 sums = tl.dot(_cut(words, zero_here, x_ptr, code, ASM), x, sums, input_precision="ieee")
             acc += scale * sums
-            at = source * groups + min(start + BLOCK_K, K - 1) // GROUP
+            at = group_at(source, min(start + BLOCK_K, K - 1) // GROUP, groups, TILED)
             scale = tl.load(scales_ptr + at).to(tl.float32)
     if SPLITS > 1:
         if leave_part(acc, part_ptr, ticket_ptr, SPLITS, width, BLOCK_T) < SPLITS - 1:
@@ -205,14 +232,14 @@ def _value(words, CODE: tl.constexpr, zero, scale, out_ptr):
 @triton.jit
 def _dequantise_kernel(
     codes_ptr, scales_ptr, zeros_ptr, out_ptr, N, K: tl.constexpr, GROUP: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, HAS_ZEROS: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, HAS_ZEROS: tl.constexpr, TILED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     n = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N))[:, None]
     start = tl.program_id(1) * BLOCK_K
     word = tl.arange(0, BLOCK_K // 4)[None, :]
     source = tl.where(n < N, n, 0).to(tl.int64)
-    words = tl.load(codes_ptr + source * (K // 4) + start // 4 + word)
-    at = source * (K // GROUP) + start // GROUP
+    words = tl.load(word_rows(codes_ptr, source, K, TILED) + word_at(start, TILED) + word)
+    at = group_at(source, start // GROUP, K // GROUP, TILED)
     scale, zero = tl.load(scales_ptr + at).to(tl.float32), _zeros_at(zeros_ptr, at, HAS_ZEROS)
     release_dependents(PDL)
     wait_for_inputs(PDL)
@@ -291,7 +318,7 @@ def dequantised(weight: Int4Weight, dtype: torch.dtype) -> Tensor:
     _dequantise_kernel[(triton.cdiv(outputs, 64), k // block_k)](
         weight.codes.view(torch.int16), weight.scales, zeros, made, outputs,
         K=k, GROUP=weight.group, BLOCK_N=64, BLOCK_K=block_k,
-        HAS_ZEROS=weight.zeros is not None, num_warps=4, **pdl_options(made),
+        HAS_ZEROS=weight.zeros is not None, TILED=weight.tiled, num_warps=4, **pdl_options(made),
     )  # fmt: skip
     return made
 

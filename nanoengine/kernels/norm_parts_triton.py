@@ -18,9 +18,9 @@ def norm_scale(squares_ptr, t, rows, SQUARES: tl.constexpr, PARTS: tl.constexpr,
 
 
 @triton.jit
-def prepare_norm(y, next_ptr, scaled_ptrs, sum_ptrs, n, t, mask, N: tl.constexpr, rows):
-    """For the norm behind a product: y [BLOCK_N, BLOCK_T] times the norm's weight, and each token's sum of squares."""
+def prepare_norm(y, weight, scaled_ptrs, sum_ptrs, t, mask, rows):
+    """For the norm behind a product: y [BLOCK_N, BLOCK_T] times the norm's weight (float32), and each token's sum of
+    squares."""
     wide = tl.where(mask, y.to(tl.float32), 0.0)
-    weight = tl.load(next_ptr + n, mask=n < N, other=0.0).to(tl.float32)
     tl.store(scaled_ptrs, (wide * weight).to(y.dtype), mask=mask)
     tl.store(sum_ptrs, tl.reshape(tl.sum(wide * wide, 0), t.shape), mask=t < rows)

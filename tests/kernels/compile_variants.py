@@ -94,17 +94,20 @@ def int4(every: bool) -> Iterator[Launch]:
                 yield name, partial(int4_triton.product, x, w, add=rand(rows, n), next_norm=rand(n))
 
 
-def int4_in_gluon(every: bool) -> Iterator[Launch]:
-    from nanoengine.kernels import int4_few_gluon, int4_many_gluon
+def int4_for_hopper(every: bool) -> Iterator[Launch]:
+    """In Gluon, and in tiles."""
+    from nanoengine.kernels import int4_few_gluon, int4_many_gluon, int4_tiles_triton
     from nanoengine.kernels.int4 import Int4Weight
 
-    for rows, zeros in product((1, 64, 256), (True, False)) if every else ((1, True), (8, False), (256, True)):
-        made = int4_few_gluon.product if rows <= 8 else int4_many_gluon.product
+    cases = product((1, 8, 64, 256), (True, False), (True, False))
+    for rows, zeros, tiled in cases if every else ((1, True, False), (8, True, True), (256, True, True)):
+        few = int4_tiles_triton.product if tiled else int4_few_gluon.product
+        made = few if rows <= 8 else int4_many_gluon.product
         for n, k, gate in ((2 * INNER, HIDDEN, "silu"), (HIDDEN, INNER, None)):
             zero = rand(n, k // 128, dtype=torch.uint8) if zeros else None
-            w = Int4Weight(rand(n, k // 2, dtype=torch.uint8), rand(n, k // 128, dtype=torch.float16), zero, 128)
+            w = Int4Weight(rand(n, k // 2, dtype=torch.uint8), rand(n, k // 128, dtype=torch.float16), zero, 128, tiled)
             around = {"gate": gate} if gate else {"add": rand(rows, n), "next_norm": rand(n)}
-            yield f"int4 in Gluon x{rows} {n} x {k}", partial(made, rand(rows, k), w, **around)
+            yield f"int4 for Hopper x{rows} {n} x {k}, {tiled}", partial(made, rand(rows, k), w, **around)
 
 
 def gguf(every: bool) -> Iterator[Launch]:
@@ -190,7 +193,7 @@ def caches(every: bool) -> Iterator[Launch]:
 def main() -> None:
     only_compile()
     every, failed = "--all" in sys.argv, 0
-    for kind in (eight_bit, int4, int4_in_gluon, gguf, fragments, caches):
+    for kind in (eight_bit, int4, int4_for_hopper, gguf, fragments, caches):
         for name, launch in kind(every):
             try:
                 launch()

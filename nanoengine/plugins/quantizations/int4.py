@@ -13,13 +13,14 @@ from torch import Tensor, nn
 from nanoengine.api import LinearMethod, ModelError, Norm, Shard, ShardSpec, WeightLayer, WeightsError
 from nanoengine.kernels import int4, int4_cpu
 from nanoengine.kernels.activation import Activation
-from nanoengine.kernels.int4 import SYMMETRIC_ZERO, UNIT, Int4Weight
+from nanoengine.kernels.int4 import SYMMETRIC_ZERO, UNIT, Int4Weight, fits_tiles, in_tiles
 from nanoengine.kernels.int4_cpu import int4_tiles
 from nanoengine.kernels.matmul import Ahead, Scaled
 from nanoengine.kernels.ops import CpuOps
 from nanoengine.layers.quantised import divided, dummy_bits, one_each, per_output, transposed
 from nanoengine.plugins.quantizations import int4_layouts as layouts
 from nanoengine.plugins.quantizations.ahead import next_norm_of
+from nanoengine.plugins.quantizations.gguf_stores import has_products
 from nanoengine.plugins.quantizations.int4_layouts import Int4Format
 
 _BIAS = "bias:"  # of each part, of layers that have none in the model
@@ -51,6 +52,7 @@ class Int4(LinearMethod):
         about = "one group" if group == -1 else f"groups of {group}"
         self.label = f"int4 ({format_.name}), {about}{', act-order' if act_order else ''}"
         self._spec: ShardSpec | None = None
+        self._dummy = False
         self._pieces: tuple[_Piece, ...] = ()
 
     def create(self, layer: WeightLayer, weight: ShardSpec) -> None:
@@ -92,6 +94,7 @@ class Int4(LinearMethod):
             into.copy_(values)
         elif name == self._format.codes:  # dummy weights: any bits are codes; groups and zeros stay as they are
             into.copy_(dummy_bits(values, torch.int32))
+            self._dummy = True
 
     def finish(self, layer: WeightLayer) -> None:
         assert self._spec is not None
@@ -112,7 +115,8 @@ class Int4(LinearMethod):
         """The parameters that were loaded, in the layout of `kernels.int4` and the file's order of inputs."""
         form, raw = self._format, layer.get_parameter
         codes, scales = form.read_codes(raw(form.codes).data), raw(form.scales).data
-        scales = layouts.narrowest((scales.t() if form.by_input else scales).contiguous())
+        scales = (scales.t() if form.by_input else scales).contiguous()
+        scales = scales.half() if self._dummy else layouts.narrowest(scales)  # float16 is what files have
         zeros = form.read_zeros(raw(form.zeros).data) if self._zeros else None
         if zeros is not None and bool((zeros == SYMMETRIC_ZERO).all()):
             zeros = None
@@ -212,16 +216,21 @@ def _piece(layer: WeightLayer, number: int, rows: slice, weight: Int4Weight, ord
         return _Piece(
             rows, order, partial(int4_cpu.int4_linear, weight=replace(tiles, tiles=kept("tiles", tiles.tiles)))
         )
+    weight = replace(weight, codes=codes)
+    triton, kernels = layer.ops.name == "triton", layer.ops.kernels
+    if triton and kernels.has("int4_tiles") and fits_tiles(weight) and has_products(codes.device):
+        weight = in_tiles(weight)
     zeros = None if weight.zeros is None else kept("zeros", weight.zeros)
-    weight = Int4Weight(kept("codes", codes), kept("scales", weight.scales), zeros, weight.group)
-    if layer.ops.name != "triton":
+    weight = replace(weight, codes=kept("codes", weight.codes), scales=kept("scales", weight.scales), zeros=zeros)
+    if not triton:
         return _Piece(rows, order, partial(int4.int4_linear, weight=weight))
     from nanoengine.kernels import int4_launch
     from nanoengine.kernels.split_k_triton import tickets_on
 
-    given: dict[str, Any] = {"weight": weight, "tickets": tickets_on(codes.device)}
+    given: dict[str, Any] = {"weight": weight, "gluon": kernels.has("int4_gluon")}
+    takes = partial(int4_launch.takes, **given)
+    given["tickets"] = tickets_on(codes.device)
     prepared = partial(int4_launch.product, **given)
-    takes = partial(int4_launch.takes, weight=weight)
     return _Piece(rows, order, partial(int4_launch.int4_linear, **given), prepared, takes)
 
 

@@ -78,21 +78,21 @@ class Case:
         self.x, self.residual, self.norm = rand(rows, shape.k), rand(rows, shape.k), rand(shape.k)
         self.scaled = Scaled(self.norm, self.x, torch.ones(128, rows, device=DEVICE))
         self.stream, self.next_norm = rand(rows, shape.n), rand(shape.n)
-        self.store = Fragments(Ahead())
         size = shape.n * BLOCK_TYPES[kind].row_bytes(shape.k)
-        self.blocks = [random_blocks(shape, kind) for _ in range(copies(size, DEVICE))]
-        self.kept = [self.store.keep(each, kind) for each in self.blocks]
-        self.blocks = self.blocks[:1]
+        blocks = [random_blocks(shape, kind) for _ in range(copies(size, DEVICE))]
+        self.lines = blocks[0][:256].clone()
+        self.stores = [Fragments(each, kind, Ahead()) for each in blocks]
 
-    def ours(self, kept: Tensor, warps: int | None = None) -> Any:
+    def ours(self, store: Fragments, warps: int | None = None) -> Any:
         if len(self.x) > MAX_ROWS:
-            return self.store.linear(self.x, kept, self.kind, None)
+            return store.linear(self.x, None)
+        kept = store.weight
         if not self.shape.normed:
             return few(self.x, kept, self.kind, add=self.stream, next_norm=self.next_norm, warps=warps)
         return few(self.scaled, kept, self.kind, eps=EPS, gate="silu" if self.shape.gated else None, warps=warps)
 
     def us(self, warps: int | None = None, replays: int = 15) -> float:
-        calls = calls_over(self.kept, lambda each: self.ours(each, warps), 1 if CHECKED else 24)
+        calls = calls_over(self.stores, lambda each: self.ours(each, warps), 1 if CHECKED else 24)
         return time_us(calls, DEVICE, 1 if CHECKED else replays)[0]
 
     def plain_us(self) -> float:
@@ -109,14 +109,13 @@ class Case:
         return time_us(calls_over(dense, call), DEVICE)[0]
 
     def limit_us(self, limits: Limits) -> float:
-        moved = self.kept[0].nbytes + self.x.nbytes + len(self.x) * self.shape.n * DTYPE.itemsize
+        moved = self.stores[0].weight.nbytes + self.x.nbytes + len(self.x) * self.shape.n * DTYPE.itemsize
         return max(moved / limits.bandwidth, 2 * len(self.x) * self.shape.n * self.shape.k / limits.flops) * 1e6
 
     def off(self) -> float:
         """Relative error of our product, of a few lines."""
-        lines = self.blocks[0][:256]
-        want = gguf.gguf_linear(self.x.float(), lines, self.kind)
-        got = self.store.linear(self.x, self.store.keep(lines, self.kind), self.kind, None)
+        want = gguf.gguf_linear(self.x.float(), self.lines, self.kind)
+        got = Fragments(self.lines.clone(), self.kind, Ahead()).linear(self.x, None)
         return float((got.float() - want).norm() / want.norm())
 
 

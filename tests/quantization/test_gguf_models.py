@@ -42,7 +42,7 @@ MIX = {"q_proj": "Q4_K", "k_proj": "Q6_K", "v_proj": "", "o_proj": "Q5_K", "gate
 @pytest.fixture
 def kept(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks are kept also on a CPU, by plain torch, whose products are those of the dequantised weights."""
-    monkeypatch.setattr(plugin, "store_for", lambda *_: Blocks())
+    monkeypatch.setattr(plugin, "store_for", lambda layer, weight, kind, *_: Blocks(weight, kind))
 
 
 def answers(path: Path, **options: Any) -> tuple[list[tuple[int, ...]], list[float], LLM]:

@@ -27,8 +27,8 @@ TYPES: list[Any] = ["Q4_0", "Q4_1", "Q8_0", "Q4_K", "Q6_K", MIX]
 class Rounded(Blocks):
     """Plain torch, with inputs rounded as the kernels round them."""
 
-    def linear(self, x: Tensor, kept: Tensor, kind: str, bias: Tensor | None, *, out: Tensor | None = None) -> Tensor:
-        return super().linear(twin.quantised(x.float()), kept, kind, bias, out=out)
+    def linear(self, x: Tensor, bias: Tensor | None, *, out: Tensor | None = None) -> Tensor:
+        return super().linear(twin.quantised(x.float()), bias, out=out)
 
 
 @pytest.mark.parametrize("kinds", TYPES, ids=lambda k: k if isinstance(k, str) else "a mix")
@@ -37,7 +37,7 @@ def test_a_model_in_tiles_equals_plain_torch_with_rounded_inputs(
 ) -> None:
     packed, plain = checkpoint(tmp_path, kinds, tie_word_embeddings=True, attention_bias=True)
     got, exact = answers(packed), answers(plain)
-    monkeypatch.setattr(plugin, "store_for", lambda *_: Rounded())
+    monkeypatch.setattr(plugin, "store_for", lambda layer, weight, kind, *_: Rounded(weight, kind))
     want = answers(packed)
     assert not any("expanded" in label for label in labels(got[2]))
     assert got[1] == pytest.approx(want[1], abs=5e-3)  # a value that falls between two codes may go to either
@@ -56,9 +56,9 @@ def test_a_mutant_that_drops_the_norm_is_seen(tmp_path: Path, monkeypatch: pytes
     packed, plain = checkpoint(tmp_path, "Q4_1")
     original = Tiles.norm_linear
 
-    def wrong(self: Tiles, ops: Any, x: Tensor, residual: Any, norm: Any, *rest: Any) -> tuple[Tensor, Tensor]:
+    def wrong(self: Tiles, x: Tensor, residual: Any, norm: Any, *rest: Any) -> tuple[Tensor, Tensor]:
         norm.weight.data = torch.ones_like(norm.weight) * 1.5
-        return original(self, ops, x, residual, norm, *rest)
+        return original(self, x, residual, norm, *rest)
 
     monkeypatch.setattr(Tiles, "norm_linear", wrong)
     assert answers(packed)[1] != pytest.approx(answers(plain)[1], abs=0.2)

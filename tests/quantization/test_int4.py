@@ -22,6 +22,7 @@ from nanoengine.api.sources import cache_root
 from nanoengine.kernels.cpu import NotBuilt, load
 from nanoengine.kernels.ops import Ops, TritonOps
 from nanoengine.layers.linear import ParallelLinear
+from nanoengine.layers.quantised import dummy_bits
 from nanoengine.plugins.models.llama import Llama
 from nanoengine.plugins.quantizations import int4, int4_layouts
 from nanoengine.plugins.quantizations.awq import Awq
@@ -285,6 +286,12 @@ def test_biases_of_zeros_that_the_model_has_not(source: Path, tmp_path: Path) ->
 
 
 def test_dummy_weights(source: Path, tmp_path: Path) -> None:
+    """Each of the eight codes of a word is random, also in the lowest bits, for which a float has none."""
+    words = dummy_bits(
+        (torch.rand(9000, generator=torch.Generator().manual_seed(0)) * 2 - 1) * 0.02 * 3**0.5, torch.int32
+    )
+    codes = words[:, None] >> torch.arange(0, 32, 4) & 15
+    assert all(torch.bincount(code, minlength=16).min() > 400 for code in codes.T)
     config = json.loads((source / "config.json").read_text())
     for i, given in enumerate((AWQ, GPTQ | {"desc_act": True})):
         folder = tmp_path / str(i)

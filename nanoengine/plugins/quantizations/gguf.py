@@ -136,12 +136,10 @@ class GgufMethod(LinearMethod):
         for piece in self._pieces:
             if not piece.kind:
                 continue
-            parameter = layer.get_parameter(piece.name)
-            store = store_for(layer, parameter.data, piece.kind, self._dtype, self._ahead)
+            store = store_for(layer, layer.get_parameter(piece.name), piece.kind, self._dtype, self._ahead)
             if store is None:
                 self._expand(layer)
                 return
-            parameter.data = store.keep(parameter.data, piece.kind)
             self._stores[piece.name] = store
         self.label += next(iter(self._stores.values())).note
 
@@ -194,8 +192,7 @@ class GgufMethod(LinearMethod):
         if not self._stores or len(self._pieces) > 1:
             return super().apply_normed(layer, norm, x, residual, bias, gate)
         [piece] = self._pieces
-        weight = layer.get_parameter(piece.name)
-        return self._stores[piece.name].norm_linear(layer.ops, x, residual, norm, weight, piece.kind, bias, gate)
+        return self._stores[piece.name].norm_linear(x, residual, norm, bias, gate, layer.ops)
 
     def apply_added(
         self, layer: WeightLayer, x: Tensor, bias: Tensor | None, residual: Tensor
@@ -203,21 +200,18 @@ class GgufMethod(LinearMethod):
         if not self._stores or len(self._pieces) > 1:
             return super().apply_added(layer, x, bias, residual)
         [piece] = self._pieces
-        weight, next_norm = layer.get_parameter(piece.name), next_norm_of(layer, x)
-        return self._stores[piece.name].linear_add(x, residual, weight, piece.kind, bias, next_norm=next_norm)
+        return self._stores[piece.name].linear_add(x, residual, bias, next_norm_of(layer, x))
 
     def _linear(self, layer: WeightLayer, piece: _Piece, x: Tensor, bias: Tensor | None, out: Tensor | None) -> Tensor:
-        weight = layer.get_parameter(piece.name)
-        if piece.name not in self._stores:
-            return layer.ops.linear(x, weight, bias, out=out)
-        return self._stores[piece.name].linear(x, weight, piece.kind, bias, out=out)
+        if piece.name in self._stores:
+            return self._stores[piece.name].linear(x, bias, out=out)
+        return layer.ops.linear(x, layer.get_parameter(piece.name), bias, out=out)
 
     def rows(self, layer: WeightLayer, ids: Tensor) -> Tensor:
         [piece] = self._pieces
-        weight = layer.get_parameter(piece.name)
         if not self._stores:
-            return layer.ops.embedding(ids, weight)
-        return self._stores[piece.name].rows(ids.reshape(-1), weight, piece.kind, self._dtype).view(*ids.shape, -1)
+            return layer.ops.embedding(ids, layer.get_parameter(piece.name))
+        return self._stores[piece.name].rows(ids.reshape(-1), self._dtype).view(*ids.shape, -1)
 
 
 def _in_blocks(layer: WeightLayer, weight: ShardSpec, kind: str) -> ShardSpec:

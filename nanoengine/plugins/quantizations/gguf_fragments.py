@@ -16,62 +16,50 @@ from nanoengine.plugins.quantizations.gguf_stores import Store
 class Fragments(Store):
     """The same bits in another order: uint8 [out / 16, tiles of a row, bytes of a tile]."""
 
-    def __init__(self, ahead: Ahead) -> None:
+    def __init__(self, weight: Tensor, kind: str, ahead: Ahead) -> None:
         from nanoengine.kernels import gguf_fragments_decode_triton, gguf_fragments_triton, gguf_triton
 
         self._few, self._decode, self._triton = gguf_fragments_triton, gguf_fragments_decode_triton, gguf_triton
         self._ahead = ahead
+        super().__init__(weight, kind)
 
-    def keep(self, blocks: Tensor, kind: str) -> Tensor:
+    def kept(self, blocks: Tensor, kind: str) -> Tensor:
         return gguf_fragments.fragments(blocks, kind)
 
-    def linear(self, x: Tensor, kept: Tensor, kind: str, bias: Tensor | None, *, out: Tensor | None = None) -> Tensor:
+    def linear(self, x: Tensor, bias: Tensor | None, *, out: Tensor | None = None) -> Tensor:
         lines = gguf_fragments.LINES
         if out is None:
-            out = x.new_empty(len(x), len(kept) * lines)
+            out = x.new_empty(len(x), len(self.weight) * lines)
         if len(x) <= self._few.MAX_ROWS:
-            self._few.few(x, kept, kind, bias, out=out)
+            self._few.few(x, self.weight, self.kind, bias, out=out)
             return out
 
         def decode(part: slice) -> Tensor:
-            values: Tensor = self._decode.rows(None, kept[part.start // lines : part.stop // lines], kind, x.dtype)
+            lines_of_part = self.weight[part.start // lines : part.stop // lines]
+            values: Tensor = self._decode.rows(None, lines_of_part, self.kind, x.dtype)
             return values
 
         self._triton.by_slices(x, bias, out, decode)
         return out
 
     def norm_linear(
-        self,
-        ops: Ops,
-        x: Tensor,
-        residual: Tensor | None,
-        norm: Norm,
-        kept: Tensor,
-        kind: str,
-        bias: Tensor | None,
-        gate: Activation | None,
+        self, x: Tensor, residual: Tensor | None, norm: Norm, bias: Tensor | None, gate: Activation | None, ops: Ops
     ) -> tuple[Tensor, Tensor]:
         if len(x) > self._few.MAX_ROWS:
-            return super().norm_linear(ops, x, residual, norm, kept, kind, bias, gate)
+            return super().norm_linear(x, residual, norm, bias, gate, ops)
         scaled = self._ahead.taken(x, residual, norm.weight)
         if scaled is not None:
-            return self._few.few(scaled, kept, kind, bias, eps=norm.eps, gate=gate)[0], x
+            return self._few.few(scaled, self.weight, self.kind, bias, eps=norm.eps, gate=gate)[0], x
         normed, total = norm.add(x, residual)
-        return self._few.few(normed, kept, kind, bias, gate=gate)[0], total
+        return self._few.few(normed, self.weight, self.kind, bias, gate=gate)[0], total
 
     def linear_add(
-        self,
-        x: Tensor,
-        residual: Tensor,
-        kept: Tensor,
-        kind: str,
-        bias: Tensor | None,
-        *,
-        next_norm: Tensor | None = None,
+        self, x: Tensor, residual: Tensor, bias: Tensor | None, next_norm: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         if len(x) > self._few.MAX_ROWS:
-            return super().linear_add(x, residual, kept, kind, bias)
-        return self._ahead.kept(*self._few.few(x, kept, kind, bias, add=residual, next_norm=next_norm)), None
+            return super().linear_add(x, residual, bias, next_norm)
+        made = self._few.few(x, self.weight, self.kind, bias, add=residual, next_norm=next_norm)
+        return self._ahead.kept(*made), None
 
-    def rows(self, ids: Tensor, kept: Tensor, kind: str, dtype: torch.dtype) -> Tensor:
-        return self._decode.rows(ids.contiguous(), kept, kind, dtype)
+    def rows(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
+        return self._decode.rows(ids.contiguous(), self.weight, self.kind, dtype)

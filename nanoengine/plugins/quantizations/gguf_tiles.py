@@ -19,43 +19,31 @@ class Tiles(Store):
 
     note = ", inputs rounded to int8"
 
-    def __init__(self, library: Library) -> None:
+    def __init__(self, weight: Tensor, kind: str, library: Library) -> None:
         self._library = library
+        super().__init__(weight, kind)
 
-    def keep(self, blocks: Tensor, kind: str) -> Tensor:
+    def kept(self, blocks: Tensor, kind: str) -> Tensor:
         """uint8 [out, bytes of a row] of the tiles; the last tile is whole in the tensor's memory."""
         tiles = self._library.pack(blocks, kind, BLOCK_TYPES[kind].width(blocks.shape[1]))
         return tiles.view(-1, tiles.shape[1] // LANES)[: len(blocks)]
 
-    def linear(self, x: Tensor, kept: Tensor, kind: str, bias: Tensor | None, *, out: Tensor | None = None) -> Tensor:
-        y = self._library.product(x, kept, kind, len(kept), bias)
+    def linear(self, x: Tensor, bias: Tensor | None, *, out: Tensor | None = None) -> Tensor:
+        y = self._library.product(x, self.weight, self.kind, len(self.weight), bias)
         return y if out is None else out.copy_(y)
 
     def norm_linear(
-        self,
-        ops: Ops,
-        x: Tensor,
-        residual: Tensor | None,
-        norm: Norm,
-        kept: Tensor,
-        kind: str,
-        bias: Tensor | None,
-        gate: Activation | None,
+        self, x: Tensor, residual: Tensor | None, norm: Norm, bias: Tensor | None, gate: Activation | None, ops: Ops
     ) -> tuple[Tensor, Tensor]:
-        weight, outputs = norm.weight, len(kept)
-        return self._library.norm_product(x, residual, kept, kind, outputs, bias, norm=weight, eps=norm.eps, gate=gate)
+        return self._library.norm_product(
+            x, residual, self.weight, self.kind, len(self.weight), bias, norm=norm.weight, eps=norm.eps, gate=gate
+        )
 
     def linear_add(
-        self,
-        x: Tensor,
-        residual: Tensor,
-        kept: Tensor,
-        kind: str,
-        bias: Tensor | None,
-        *,
-        next_norm: Tensor | None = None,
+        self, x: Tensor, residual: Tensor, bias: Tensor | None, next_norm: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        return self._library.product(x, kept, kind, len(kept), bias, add=residual), None
+        return self._library.product(x, self.weight, self.kind, len(self.weight), bias, add=residual), None
 
-    def rows(self, ids: Tensor, kept: Tensor, kind: str, dtype: torch.dtype) -> Tensor:
-        return self._library.rows(ids, kept, kind, self._library.inputs(kept.shape[1] * LANES, kind), dtype)
+    def rows(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
+        inputs = self._library.inputs(self.weight.shape[1] * LANES, self.kind)
+        return self._library.rows(ids, self.weight, self.kind, inputs, dtype)

@@ -23,12 +23,20 @@ def tail_for(*, random: bool, cut: bool) -> int:
 
 
 def sample(
-    tail: int, logits: Tensor, c: DrawColumns, tokens: Tensor, failed: Tensor, sound: Tensor | None = None
+    tail: int,
+    logits: Tensor,
+    c: DrawColumns,
+    tokens: Tensor,
+    failed: Tensor,
+    *,
+    raw_tops: Tensor | None = None,
+    mask: Tensor | None = None,
 ) -> None:
     """`sampling_triton.sample` by these columns."""
     sampling_triton.sample(
-        logits, Tail(tail), tokens, failed, **_key(c), top_k=c.top_k, top_p=c.top_p, min_p=c.min_p, sound=sound
-    )
+        logits, Tail(tail), tokens, failed, **_key(c), top_k=c.top_k, top_p=c.top_p, min_p=c.min_p,
+        raw_tops=raw_tops, mask=mask,
+    )  # fmt: skip
 
 
 def best_keys(tail: int, logits: Tensor, start: int, c: DrawColumns) -> Tensor:

@@ -1,4 +1,5 @@
-"""Host memory that a GPU reads and writes in place, with a turn for each of the last steps."""
+"""Host memory that a GPU reads and writes in place, with a turn for each of the last steps; and memory that is copied
+to the GPU beside a step."""
 
 from __future__ import annotations
 
@@ -48,3 +49,27 @@ class AnswerRing(HostRing):
         """[3, W] of the step that is launched by now, and the event behind which it is there."""
         self._arrived[turn].record()
         return self.views[turn], self._arrived[turn]
+
+
+class CopiedBeside:
+    """int32 memory, pinned for a GPU, that is copied there on a stream of its own, beside what runs.
+
+    Attributes:
+        host: numpy array. there: the same on the device.
+    """
+
+    def __init__(self, shape: Sequence[int], value: int, device: torch.device) -> None:
+        """value: of all elements at first."""
+        on_gpu = device.type == "cuda"
+        self.there = torch.full(shape, value, dtype=torch.int32, device=device)
+        self._sent = torch.full(shape, value, dtype=torch.int32, pin_memory=on_gpu)
+        self.host: npt.NDArray[np.int32] = self._sent.numpy()
+        self.stream = torch.cuda.Stream(device) if on_gpu else None  # type: ignore[no-untyped-call]
+
+    def send(self, rows: int) -> None:
+        """Copy the first rows, without waiting. What is launched from here on finds them. Nothing that reads or
+        writes `there` may be running."""
+        with torch.cuda.stream(self.stream):
+            self.there[:rows].copy_(self._sent[:rows], non_blocking=True)
+        if self.stream is not None:
+            torch.cuda.current_stream().wait_stream(self.stream)

@@ -137,11 +137,13 @@ def scan(
     logits, stride, vocab, groups, greedy, temperature, top_k, seeds, positions, sample_index, at, stat, peak,
     TAIL: tl.constexpr, MAX_K: tl.constexpr, GROUP: tl.constexpr, TILE_GROUPS: tl.constexpr, TILES: tl.constexpr,
     NATIVE: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr, START: tl.constexpr = 0,
+    words=None, raw_tops=None,
 ):  # fmt: skip
     """stat [R, groups]: highest hasty score of each group, or highest logit where the row is greedy or `listed`.
 
     peak [R, groups] (truncation only): highest logit. inf if the group has a NaN. START: the first column's id. EARLY:
-    all but the logits is read before the wait.
+    all but the logits is read before the wait. words [R, ceil(vocab / 32)]: a bit mask, which is applied first, to the
+    logits in memory too; then raw_tops [R, programs]: highest raw logit of each program, inf if it has a NaN.
     """
     row = tl.program_id(1).to(tl.int64)
     base = logits + row * stride
@@ -156,10 +158,19 @@ def scan(
         key0, key1 = row_key(seeds, positions, sample_index, row, entry)
         per_ln2 = PER_LN2 / row_temperature(temperature, entry)
     wait_for_inputs(PDL and EARLY)
+    raw = tl.full([TILE_GROUPS], NEG_INF, tl.float32)
     for t in range(TILES):
         g = (tl.program_id(0) * TILES + t) * TILE_GROUPS + tl.arange(0, TILE_GROUPS)
         ids = g[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
         x = load_logits(base, ids, ids < vocab)
+        if words is not None:
+            raw = tl.maximum(raw, tl.max(x, 1))
+            at_word, count = g[:, None] * (GROUP // 32) + tl.arange(0, GROUP // 32)[None, :], tl.cdiv(vocab, 32)
+            bits = tl.load(words + row * count + at_word, at_word < count, -1)[:, :, None]
+            removed = ((bits >> tl.arange(0, 32)[None, None, :]) & 1).reshape(TILE_GROUPS, GROUP) == 0
+            removed = removed & (ids < vocab)
+            tl.store(base + ids, NEG_INF, removed)
+            x = tl.where(removed, NEG_INF, x)
         if TAIL == TRUNCATION:
             tl.store(peak + row * groups + g, tl.max(x, 1), g < groups)
         if TAIL != GREEDY:
@@ -171,6 +182,8 @@ def scan(
                     mixed = (START + ids).to(tl.uint32) ^ key0
                 x = x * per_ln2 - noise_log2(mix_bits(mixed, key1), NATIVE)
         tl.store(stat + row * groups + g, tl.max(x, 1), g < groups)
+    if words is not None:
+        tl.store(raw_tops + row * tl.num_programs(0) + tl.program_id(0), tl.max(raw, 0))
 
 
 @triton.jit
@@ -253,12 +266,13 @@ def weigh(
 
 
 @triton.jit
-def answer(out_tokens, out_failed, sound, row, token, score, raw, SOUND_GIVEN: tl.constexpr):
-    """raw: highest raw logit, as far as it matters here."""
+def answer(out_tokens, out_failed, raw_tops, row, token, score, raw, RAW_TOPS: tl.constexpr):
+    """raw: highest logit, as far as it matters here. raw_tops [R, RAW_TOPS]: of parts of the row before any stage, NaN
+    or inf if it has a NaN; without any, `raw` is it."""
     fine = (tl.abs(raw) < INF) & (tl.abs(score) < INF)
-    if SOUND_GIVEN:
-        good = tl.load(sound + row) != 0
-    else:
-        good = tl.abs(raw) < INF
+    if RAW_TOPS:
+        i = tl.arange(0, triton.next_power_of_2(RAW_TOPS))
+        raw = tl.max(tl.load(raw_tops + row * RAW_TOPS + i, i < RAW_TOPS, NEG_INF), 0)
+    good = tl.abs(raw) < INF
     tl.store(out_tokens + row, tl.where(fine & good, token, 0).to(tl.int64))
     tl.store(out_failed + row, tl.where(good, tl.where(fine, _FINE, _NOTHING), _BAD))

@@ -91,8 +91,8 @@ def tuning_for(rows: int) -> Tuning:
 @triton.jit
 def _pick(
     logits, stride, vocab, groups, greedy, temperature, seeds, positions, sample_index, at, stat,
-    out_tokens, out_failed, sound,
-    GREEDY: tl.constexpr, SOUND_GIVEN: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, NATIVE: tl.constexpr,
+    out_tokens, out_failed, raw_tops,
+    GREEDY: tl.constexpr, RAW_TOPS: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, NATIVE: tl.constexpr,
     EARLY: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """The token of each row without truncation."""
@@ -110,7 +110,7 @@ def _pick(
     score, token, _, raw = refine(
         logits + row * stride, vocab, groups, stat + row * groups, noisy, t, key0, key1, NEG_INF, GROUP, GROUPS, NATIVE
     )
-    answer(out_tokens, out_failed, sound, row, token, score, raw, SOUND_GIVEN)
+    answer(out_tokens, out_failed, raw_tops, row, token, score, raw, RAW_TOPS)
 
 
 # Host -----------------------------------------------------------------------------------------------------------------
@@ -132,10 +132,12 @@ def sample(
     sample_index: Tensor | None = None,
     at: Tensor | None = None,
     early: bool = False,
-    sound: Tensor | None = None,
+    raw_tops: Tensor | None = None,
+    mask: Tensor | None = None,
     tuning: Tuning | None = None,
 ) -> None:
-    """One token a row, into `out_tokens` int64 [R] and `out_failed` int32 [R]. The logits are left as they are.
+    """One token a row, into `out_tokens` int64 [R] and `out_failed` int32 [R]. Without a mask the logits are left as
+    they are.
 
     Args:
         logits: [R, V] float32, bfloat16 or float16, rows contiguous; all arithmetic is float32 of what they hold.
@@ -146,9 +148,10 @@ def sample(
         seeds, positions, sample_index: int64 [R], the draw's key. Positions may be int32.
         at: int32 [R]; where in the other columns a row's values are: then these are tables of any length. None: by row.
         early: columns, positions and `at` are complete even where kernels start ahead of their inputs (`pdl_triton`).
-        sound: bool [R]; whether the raw logits were, where stages have changed them since. None: these are the raw
-            ones. A row that is not sound fails with `BAD_LOGITS`, another without a possible token with
-            `NOTHING_LEFT`; either has token 0.
+        raw_tops: float32 [R]; each row's highest raw logit or a NaN, where stages have changed them since. None: these
+            are the raw ones. A row whose highest is not finite fails with `BAD_LOGITS`, another without a possible
+            token with `NOTHING_LEFT`; either has token 0.
+        mask: int32 [R, ceil(V / 32)], contiguous, as `bitmask.mask_bits_` has it: applied in place, to raw logits.
         tuning: sizes, for tests and benchmarks.
     """
     rows, vocab = logits.shape
@@ -160,6 +163,10 @@ def sample(
     block = max(16, triton.next_power_of_2(groups))
     programs = triton.cdiv(groups, sizes.tile_groups * sizes.tiles)
     stat = logits.new_empty((rows, groups), dtype=torch.float32)
+    if mask is not None:
+        assert raw_tops is None and mask.is_contiguous() and mask.shape == (rows, triton.cdiv(vocab, 32)), mask.shape
+        assert not sizes.group % 32, sizes.group
+        raw_tops = stat.new_empty((rows, programs))
     common = {"GROUP": sizes.group, "NATIVE": NATIVE}
     tile = common | {"TILE_GROUPS": sizes.tile_groups, "TILES": sizes.tiles}
     where = (logits, logits.stride(0), vocab, groups)
@@ -167,10 +174,11 @@ def sample(
     start = {"EARLY": early, **pdl_options(logits)}
     peak = torch.empty_like(stat) if tail is Tail.TRUNCATION else None
     scan[(programs, rows)](
-        *where, greedy, temperature, top_k, *key, stat, peak, TAIL=int(tail), MAX_K=sizes.max_k, **tile, **start
-    )
-    out = (out_tokens, out_failed, sound)
-    given = common | {"SOUND_GIVEN": sound is not None, "GROUPS": block}
+        *where, greedy, temperature, top_k, *key, stat, peak, TAIL=int(tail), MAX_K=sizes.max_k, **tile, **start,
+        words=mask, raw_tops=None if mask is None else raw_tops,
+    )  # fmt: skip
+    out = (out_tokens, out_failed, raw_tops)
+    given = common | {"RAW_TOPS": 0 if raw_tops is None else raw_tops.numel() // rows, "GROUPS": block}
     if tail is not Tail.TRUNCATION:
         _pick[(rows,)](*where, greedy, temperature, *key, stat, *out, GREEDY=tail is Tail.GREEDY, **given, **start)
         return

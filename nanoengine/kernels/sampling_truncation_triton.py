@@ -120,8 +120,8 @@ def _draw_collected(
 def pick_truncated(
     logits, stride, vocab, groups, greedy, temperature, top_k, top_p, min_p, seeds, positions, sample_index, at,
     stat, peak, group_list, values, value_ids, state, tops, pivots, pivot_ids, pivot_scores,
-    out_tokens, out_failed, sound,
-    SOUND_GIVEN: tl.constexpr, MAX_K: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr,
+    out_tokens, out_failed, raw_tops,
+    RAW_TOPS: tl.constexpr, MAX_K: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr,
     TILE_GROUPS: tl.constexpr, CAPACITY: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
     """Rows whose token is known now get it; the others get a `state` and what `_finish` needs."""
@@ -169,7 +169,7 @@ def pick_truncated(
             )
     tl.store(tops + row, top)
     tl.store(state + row, todo)
-    answer(out_tokens, out_failed, sound, row, token, score, raw, SOUND_GIVEN)
+    answer(out_tokens, out_failed, raw_tops, row, token, score, raw, RAW_TOPS)
 
 
 @triton.jit
@@ -223,8 +223,8 @@ def _rest_of_row(base, vocab, t, key0, key1, top, over, floor, TILE: tl.constexp
 @triton.jit
 def finish(
     logits, stride, vocab, groups, programs, temperature, top_k, top_p, min_p, seeds, positions, sample_index, at,
-    stat, parts, state, tops, pivots, pivot_ids, pivot_scores, out_tokens, out_failed, sound,
-    SOUND_GIVEN: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, PROGRAMS: tl.constexpr, TILE: tl.constexpr,
+    stat, parts, state, tops, pivots, pivot_ids, pivot_scores, out_tokens, out_failed, raw_tops,
+    RAW_TOPS: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, PROGRAMS: tl.constexpr, TILE: tl.constexpr,
     LAST: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
     """What `pick_truncated` left: accept the pivot, or draw from what is above it.
@@ -275,7 +275,7 @@ def finish(
             tl.store(pivot_ids + row, token)
             tl.store(pivot_scores + row, score)
             tl.store(state + row, tl.where(searching & (score > NEG_INF), WEIGH, DONE))
-        answer(out_tokens, out_failed, sound, row, token, score, top, SOUND_GIVEN)
+        answer(out_tokens, out_failed, raw_tops, row, token, score, top, RAW_TOPS)
 
 
 @triton.jit

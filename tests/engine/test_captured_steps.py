@@ -25,6 +25,7 @@ from nanoengine.core.execution.finish_step import CapturedTail
 from nanoengine.core.execution.graphs import CaptureSizes, StepGraphs
 from nanoengine.core.execution.step_inputs import StepSize
 from nanoengine.core.step import SuppliedColumn
+from nanoengine.kernels.host_ring import CopiedBeside
 from nanoengine.kernels.ops import Ops
 from nanoengine.params.engine_options import EngineOptions
 from nanoengine.setup.start import capture as setup_capture
@@ -413,7 +414,7 @@ def masks_of_other_rows(patch: pytest.MonkeyPatch) -> None:
 
 
 def no_masks(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(CapturedTail, "write_mask", lambda *_: None)
+    patch.setattr(CopiedBeside, "send", lambda *_: None)
 
 
 @pytest.mark.parametrize("mutant", [masks_of_earlier_steps, masks_of_other_rows, no_masks])

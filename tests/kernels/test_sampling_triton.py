@@ -12,7 +12,7 @@ from torch import Tensor
 from triton_interpreter import interpreted
 
 from nanoengine.core.step import ROW_BAD_LOGITS, ROW_FINE, ROW_NOTHING_LEFT
-from nanoengine.kernels import philox, sampling
+from nanoengine.kernels import bitmask, philox, sampling
 
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
@@ -76,7 +76,8 @@ def kernel(
     tokens = torch.full((len(logits),), -7, dtype=torch.int64, device=logits.device)
     failed = torch.full((len(logits),), -7, dtype=torch.int32, device=logits.device)
     before = logits.clone()
-    sample(logits, tail, tokens, failed, sound=sound, tuning=tuning, **c)
+    raw_tops = None if sound is None else torch.where(sound, 0.0, NAN)
+    sample(logits, tail, tokens, failed, raw_tops=raw_tops, tuning=tuning, **c)
     assert torch.equal(before.nan_to_num(1e9), logits.nan_to_num(1e9)), "the logits must be left alone"
     return tokens, failed
 
@@ -264,6 +265,31 @@ def test_stages_that_left_nothing(tail: Tail, device: torch.device) -> None:
     expected = reference(logits, tail, c, sound)
     assert expected[1].tolist() == [ROW_FINE, ROW_NOTHING_LEFT, ROW_BAD_LOGITS, ROW_BAD_LOGITS]
     assert_same(kernel(logits, tail, c, TINY, sound), expected)
+
+
+@pytest.mark.parametrize("tail", Tail)
+def test_a_mask_is_applied_where_the_logits_are_first_read(tail: Tail, device: torch.device) -> None:
+    """Tokens, failures and logits are those of the mask before the draw. What it removes counts, too, for whether a
+    row's raw logits are sound."""
+    wide = torch.full((9, 400), 99.0)
+    wide[:, :301] = mixed_logits(9, 301)
+    words = torch.randint(-(2**31), 2**31, (9, 10), generator=torch.Generator().manual_seed(5)).to(torch.int32)
+    words[0], words[1], words[5] = -1, 0, 0
+    words[5, 9] = 1 << 12  # one id
+    wide[6, 300], wide[7, 3], wide[8, :301] = NAN, INF, -INF
+    words[6:8, [0, 9]] = 0
+    wide, words = wide.to(device), words.to(device)
+    logits = wide[:, :301]
+    c = columns(9, device, temperature=[0.7, 1.3], top_k=[0, 0, 5], top_p=[0.9, 1.0], greedy=[False] * 4 + [True])
+    masked = bitmask.mask_bits_(logits.clone(), words)
+    expected = reference(masked, tail, c, logits.amax(-1).isfinite())
+    assert expected[1].tolist() == [0, ROW_NOTHING_LEFT, 0, 0, 0, 0, *[ROW_BAD_LOGITS] * 3]
+    assert expected[0][5] == 300
+    tokens, failed = torch.full((9,), -7, device=device), torch.full((9,), -7, dtype=torch.int32, device=device)
+    sample(logits, tail, tokens, failed, mask=words, tuning=TUNINGS["narrow"], **c)
+    assert_same((tokens, failed), expected)
+    assert torch.equal(logits, torch.where(masked.isnan(), -INF, masked))  # torch may leave NaN
+    assert (wide[:, 301:] == 99).all()
 
 
 def test_a_row_alone_and_padded_rows_of_a_wider_tensor(device: torch.device) -> None:

@@ -36,7 +36,7 @@ from nanoengine.core.step import (
 from nanoengine.kernels import all_reduce, sampling
 from nanoengine.kernels.device import upload
 from nanoengine.kernels.draw import DrawColumns
-from nanoengine.kernels.host_ring import AnswerRing
+from nanoengine.kernels.host_ring import AnswerRing, CopiedBeside
 from nanoengine.kernels.pooling import span_sums
 from nanoengine.kernels.step_inputs import Answer, write_drafts
 
@@ -55,13 +55,12 @@ class CapturedTail:
         self._failed = torch.zeros(max_draws, dtype=torch.int32, device=device)
         self._counts = torch.zeros(buffers.max_rows, dtype=torch.int32, device=device)
         self._answers = AnswerRing(max(max_draws, buffers.max_rows), device)
-        shape, pinned = (min(max_draws, MASKED_DRAWS), -(-finish.vocab_size // 32)), device.type == "cuda"
-        self._mask = torch.full(shape, -1, dtype=torch.int32, device=device)
-        self._sent_mask = torch.full(shape, -1, dtype=torch.int32, pin_memory=pinned)
-        self.host_mask: Int32 = self._sent_mask.numpy()
+        words = -(-finish.vocab_size // 32)
+        self._mask = CopiedBeside((min(max_draws, MASKED_DRAWS), words), -1, device)
+        self.host_mask, self.send_mask = self._mask.host, self._mask.send
 
     def write_mask(self, draws: int, own: Int64, supplied: Sequence[SuppliedColumn]) -> None:
-        """The mask of the next masked pass over so many draws, without waiting: an earlier one has read its own, as the
+        """The mask of the next masked pass over so many draws, to be sent: an earlier one has read its own, as the
         columns of a step follow the result of the one before it. own: which of the draws are the plan's. supplied: of
         one column; draws without any keep all. Values in `host_mask` are those of the first draws."""
         host = self.host_mask[:draws]
@@ -76,7 +75,7 @@ class CapturedTail:
 
     def run(self, inputs: StepRows, kind: int, logits: Tensor, max_drafts: int = 0, *, masked: bool = False) -> None:
         """One pass over `logits`, one row of them a row of the step, or a token where rows have drafts. The rows'
-        tables change. masked: behind the mask that was written, which it sends."""
+        tables change. masked: behind the mask that was sent."""
         tables, rows = self._tables, len(logits)
         tokens, failed = self._tokens[:rows], self._failed[:rows]
         slots, positions = inputs.slots, self._buffers.out.seq_lens[:rows]  # behind the last token
@@ -89,8 +88,7 @@ class CapturedTail:
             greedy=tables.greedy, seeds=tables.seeds, positions=positions, sample_index=tables.sample_index,
             at=slots, early=inputs.drafts is None, **ops,
         )  # fmt: skip
-        mask = self._mask[:rows].copy_(self._sent_mask[:rows], non_blocking=True) if masked else None
-        self._sampler.draw(kind, logits, columns, self._tp, tokens, failed, mask)
+        self._sampler.draw(kind, logits, columns, self._tp, tokens, failed, self._mask.there[:rows] if masked else None)
         tables.kernels.settle(
             tables.state, inputs.slots, inputs.query_start_loc, tokens, inputs.token_of_row, inputs.drafts, failed,
             None if inputs.drafts is None else self._counts[: len(inputs.slots)],

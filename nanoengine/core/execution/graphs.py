@@ -97,6 +97,7 @@ class StepGraphs:
         """The tail of a late step that was replayed without one. own, supplied: as in `CapturedTail.write_mask`."""
         assert self.tail is not None
         self.tail.write_mask(size.logits, own, supplied)
+        self.tail.send_mask(size.logits)
         graph = self.masked_tails.get((size, tail)) or self.capture_masked(size, tail)
         if graph is not None:
             self.masked_tails[size, tail] = graph

@@ -200,15 +200,16 @@ class Sampler:
         """
         if plan.reads_only:
             return self._draw_by_kernels(logits, rows, plan, None)
-        sound = logits.amax(-1).isfinite()  # a maximum passes NaN and +inf on; -inf below it is padding or a mask
+        tops = logits.amax(-1)  # a maximum passes NaN and +inf on; -inf below it is padding or a mask
         if plan.min_tokens:
             _forbid_stop(logits, rows)
         for p in plan.called:
             logits = self._apply(p, logits, rows)
         if plan.tail is not None:
-            return self._draw_by_kernels(logits, rows, plan, sound)
+            return self._draw_by_kernels(logits, rows, plan, tops)
         token_ids, scores = draw_tokens(logits, _columns(rows, plan), random=plan.random)
-        failed = torch.where(sound, torch.where(scores.isfinite(), ROW_FINE, ROW_NOTHING_LEFT), ROW_BAD_LOGITS)
+        failed = torch.where(scores.isfinite(), ROW_FINE, ROW_NOTHING_LEFT)
+        failed = torch.where(tops.isfinite(), failed, ROW_BAD_LOGITS)
         return torch.where(failed == ROW_FINE, token_ids, 0), failed.to(torch.int32)
 
     def best_keys(self, logits: Tensor, rows: DrawRows, plan: DrawPlan, start: int) -> Tensor:
@@ -242,23 +243,20 @@ class Sampler:
         `logits`: [R, V / tp]; whole rows are gathered only for a tail that truncates. `mask`: int32 [R, words], applied
         in place, of one rank.
         """
-        if mask is not None:
-            logits = logits[:, : self._vocab_size]
-            sound = logits.amax(-1).isfinite()  # as in `sample`
-            self._kernels.sample(tail, self._mask(logits, mask), columns, tokens, failed, sound)
-        elif tp.size > 1 and tail != self._kernels.tail_for(random=True, cut=True):
+        if mask is None and tp.size > 1 and tail != self._kernels.tail_for(random=True, cut=True):
             start, stop = vocab_slice(self._vocab_size, tp)
             keys = self._kernels.best_keys(tail, logits[:, : stop - start], start, columns)
             self._kernels.answer(tp.highest(keys), tokens, failed)
         else:
-            self._kernels.sample(tail, tp.all_gather(logits)[:, : self._vocab_size], columns, tokens, failed)
+            logits = tp.all_gather(logits)[:, : self._vocab_size]
+            self._kernels.sample(tail, logits, columns, tokens, failed, mask=mask)
 
     def _draw_by_kernels(
-        self, logits: Tensor, rows: DrawRows, plan: DrawPlan, sound: Tensor | None
+        self, logits: Tensor, rows: DrawRows, plan: DrawPlan, tops: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         tokens = torch.zeros(len(logits), dtype=torch.int64, device=logits.device)
         failed = torch.zeros(len(logits), dtype=torch.int32, device=logits.device)
-        self._kernels.sample(plan.tail, logits, _columns(rows, plan).with_all(), tokens, failed, sound)
+        self._kernels.sample(plan.tail, logits, _columns(rows, plan).with_all(), tokens, failed, raw_tops=tops)
         return tokens, failed
 
     def _apply(self, p: _Processor, logits: Tensor, rows: DrawRows, start: int = 0) -> Tensor:

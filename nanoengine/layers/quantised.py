@@ -74,5 +74,5 @@ def one_each(name: str, weight: ShardSpec, spec: ShardSpec) -> dict[str, ShardSp
 def dummy_bits(values: Tensor, dtype: torch.dtype) -> Tensor:
     """Dummy weights as integers of `dtype` (int32 or uint8) all of whose bits are random, for codes that are packed."""
     words = (values.double() / (DUMMY_DEVIATION * 3**0.5) * 2.0**31).clamp_(-(2.0**31), 2.0**31 - 1).to(torch.int32)
-    words ^= words >> 16  # a float has no random bits for the lowest ones
+    words ^= words >> 16 & 0xFFFF  # a float has no random bits for the lowest ones
     return words if dtype == torch.int32 else (words >> 24).to(dtype)

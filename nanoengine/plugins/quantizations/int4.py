@@ -68,7 +68,7 @@ class Int4(LinearMethod):
         specs = {form.codes: replace(turn(divided(layer, weight, **packed)), dtypes=("I32",))}
         if self._zeros:
             zeros = divided(layer, scales, outputs=layouts.PER_WORD)
-            specs[form.zeros] = replace(turn(zeros), dtypes=("I32",), init="zeros")
+            specs[form.zeros] = replace(turn(zeros), dtypes=("I32",))
         if form.groups:
             groups = replace(_inputs(weight), dtypes=("I32", "I64"), optional=not self._act_order)
             specs |= one_each(form.groups, weight, groups)
@@ -92,7 +92,7 @@ class Int4(LinearMethod):
             raise WeightsError(f"{layer.name}: the checkpoint has a bias that is not zero, and the model has none")
         if into.is_floating_point() or not values.is_floating_point():
             into.copy_(values)
-        elif name == self._format.codes:  # dummy weights: any bits are codes; groups and zeros stay as they are
+        elif name in (self._format.codes, self._format.zeros):  # dummy weights: any bits will do; groups stay
             into.copy_(dummy_bits(values, torch.int32))
             self._dummy = True
 

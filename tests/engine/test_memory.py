@@ -397,12 +397,16 @@ def test_graphs_are_captured_when_a_step_first_wants_them(
         return eager_graph(run)
 
     capturing(monkeypatch, captured)
+    ahead = list[Any]()  # runs whose kernels are compiled
+    monkeypatch.setattr(capture._Capture, "compile_ahead", lambda self, run: ahead.append(run))
     with mock_llm(tmp_path, lazy_graphs=lazy) as llm:
         assert made == ([1] if lazy else [16, 8, 4, 2, 1])
+        assert len(ahead) == 1
         for count in (3, 4, 2):
             asked = prompts(count)
             assert tokens_of(llm.generate(asked, GREEDY, use_tqdm=False)) == [greedy(p, 10) for p in asked]
         assert made == ([1, 4, 2] if lazy else [16, 8, 4, 2, 1])
+        assert [run.args for run in ahead[1:]] == ([([StepSize(4)], ()), ([StepSize(2)], ())] if lazy else [])
         assert llm.stats().graph_steps > 20
 
 

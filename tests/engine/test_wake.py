@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import subprocess
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -35,6 +36,8 @@ class Driver:
 
 
 def woken(monkeypatch: pytest.MonkeyPatch, driver: Driver, **options: Any) -> list[tuple[Any, ...]]:
+    triton = SimpleNamespace(triton_key=lambda: driver.calls.append(("triton_key",)))
+    monkeypatch.setitem(sys.modules, "triton.runtime.cache", triton)
     monkeypatch.setattr(ctypes, "CDLL", lambda name: driver)
     thread = wake.wake_gpu(EngineOptions(**options))
     if thread is not None:
@@ -45,7 +48,13 @@ def woken(monkeypatch: pytest.MonkeyPatch, driver: Driver, **options: Any) -> li
 @pytest.mark.parametrize(("device", "index"), [("auto", 0), ("cuda", 0), ("cuda:1", 1)])
 def test_the_context_of_the_engine_s_gpu_is_made(monkeypatch: pytest.MonkeyPatch, device: str, index: int) -> None:
     calls = woken(monkeypatch, Driver(), device=device)
-    assert calls == [("cuInit", 0), ("cuDeviceGet", index), ("cuDevicePrimaryCtxRetain", index)]
+    assert calls == [("cuInit", 0), ("cuDeviceGet", index), ("cuDevicePrimaryCtxRetain", index), ("triton_key",)]
+
+
+@pytest.mark.parametrize("broken", [None, SimpleNamespace()], ids=["not installed", "another version"])
+def test_a_triton_that_cannot_name_itself_is_left_alone(monkeypatch: pytest.MonkeyPatch, broken: Any) -> None:
+    monkeypatch.setitem(sys.modules, "triton.runtime.cache", broken)
+    wake._name_compiler()
 
 
 @pytest.mark.parametrize("options", [{"device": "cpu"}, {"device": "cuda", "tensor_parallel_size": 2}])

@@ -30,12 +30,21 @@ class CaptureOutOfMemory(MemoryError):
     """Memory ran out while graphs were captured."""
 
 
+def compile_ahead(runner: ModelRunner, *, later: bool, largest: Callable[[], None]) -> None:
+    """Compiles kernels in parallel: those of the graphs that `capture_graphs` makes, of the first ones that steps will
+    want if others are made later, and of `largest`, which runs a step. What is captured is not used."""
+    if runner.graphs.sizes.sizes:
+        with torch.inference_mode():
+            _compile_ahead(_Capture(runner.graphs, runner.finish), later=later, largest=largest)
+        runner.graphs.clear()
+
+
 def capture_graphs(runner: ModelRunner, *, later: bool = False, is_compiled: bool = False) -> str:
     """Captures the graphs of the runner, for all of its sizes.
 
     Args:
         later: only the pass of the smallest step; each other one when a step first wants it.
-        is_compiled: Triton's cache has the kernels of all sizes.
+        is_compiled: the kernels are compiled: of all sizes, or with `later` those of the first steps.
 
     Returns "", or the reason (which is logged) if a capture fails; then every step runs eagerly. Raises
     `CaptureOutOfMemory`, because graphs of smaller steps may fit.
@@ -48,8 +57,8 @@ def capture_graphs(runner: ModelRunner, *, later: bool = False, is_compiled: boo
         with torch.inference_mode():
             capture = _Capture(graphs, runner.finish)
             if not is_compiled:
-                _compile_ahead(capture)
-            capture.run_once(smallest=later)
+                _compile_ahead(capture, later=later)
+            capture.run_once(capture.sizes[-1:], ()) if later else capture.run_once()
             empty_cache(tables.device)
             capture.captures(smallest=later)
         graphs.capture, graphs.capture_masked = capture.when_wanted, capture.masked
@@ -71,21 +80,21 @@ def capture_graphs(runner: ModelRunner, *, later: bool = False, is_compiled: boo
     return failure
 
 
-def _compile_ahead(capture: _Capture) -> None:
-    """A dry run of all that is captured, so that Triton compiles the kernels in parallel.
+def _compile_ahead(capture: _Capture, *, later: bool, largest: Callable[[], None] = lambda: None) -> None:
+    """A dry run of all that is captured, or of the first steps, and of `largest`."""
 
-    The static buffers keep what kernels wrote before, so indices in them are valid.
-    """
-    if capture.device.type != "cuda" or importlib.util.find_spec("triton") is None:
-        return
-    try:
-        with compiling_ahead():
-            capture.run_once()
-    except BaseException as error:  # a backend may need results of kernels; then kernels are compiled one by one
-        if not is_failure(error):
-            raise
-        _log.info("kernels are compiled one by one: %s", described(error))
-    torch.cuda.empty_cache()
+    def run() -> None:
+        capture.run_once(first_sizes(capture.sizes) if later else None)
+        largest()
+
+    capture.compile_ahead(run)
+    empty_cache(capture.device)
+
+
+def first_sizes(sizes: Sequence[StepSize]) -> Sequence[StepSize]:
+    """What an engine's first steps are likely to be: a prompt, and one row. sizes: the smallest last."""
+    mixed = [size for size in sizes if size.decode_rows and size.prefill_tokens]
+    return [sizes[-1], *mixed[-1:]]
 
 
 class _Attempts:
@@ -115,7 +124,7 @@ class _Capture:
 
     def __init__(self, graphs: StepGraphs, finish: FinishStep) -> None:
         self._graphs, self._finish, self.device = graphs, finish, finish.tables.device
-        self._sizes = sorted(graphs.sizes.sizes, key=lambda size: (-size.tokens, size))  # the largest first
+        self.sizes = sorted(graphs.sizes.sizes, key=lambda size: (-size.tokens, size))  # the largest first
         self._pool = torch.cuda.graph_pool_handle()
         # One: for each stream cuBLAS takes memory of its own.
         self._stream: torch.cuda.Stream | None = None
@@ -124,15 +133,31 @@ class _Capture:
         self._tails: Sequence[int] = finish.sampler.tails if graphs.sizes.tail else ()
         self._attempts = _Attempts()
         if graphs.sizes.tail:
-            graphs.tail = CapturedTail(finish, graphs.buffers, max(size.logits for size in self._sizes))
+            graphs.tail = CapturedTail(finish, graphs.buffers, max(size.logits for size in self.sizes))
 
-    def run_once(self, *, smallest: bool = False) -> None:
-        """Runs each pass and each tail, or the pass of the smallest step, with dummy rows: what is made at first use is
-        then not made in a capture."""
+    def compile_ahead(self, run: Callable[[], None]) -> None:
+        """Triton's kernels of `run` are compiled in parallel, and not run.
+
+        The static buffers keep what kernels wrote before, so indices in them are valid.
+        """
+        if self.device.type != "cuda" or importlib.util.find_spec("triton") is None:
+            return
+        self._finish.tables.flush()  # what a run sends to the tables would be lost
+        try:
+            with compiling_ahead():
+                run()
+        except BaseException as error:  # a backend may need results of kernels; then kernels are compiled one by one
+            if not is_failure(error):
+                raise
+            _log.info("kernels are compiled one by one: %s", described(error))
+
+    def run_once(self, sizes: Sequence[StepSize] | None = None, kinds: Sequence[int] | None = None) -> None:
+        """Runs each pass and each tail, or those of these sizes and kinds, with dummy rows: what is made at first use
+        is then not made in a capture."""
         graphs, tried = self._graphs, set[Hashable]()
-        for size in self._sizes[-1:] if smallest else self._sizes:
+        for size in self.sizes if sizes is None else sizes:
             logits = graphs.run(size)
-            for kind in () if smallest else self._tails:
+            for kind in self._tails if kinds is None else kinds:
                 key = (size.rows, size.plain, size.query_len, kind)  # kernels of tails depend on nothing else
                 if key not in tried:
                     self._run_tail(size, kind, logits)
@@ -150,9 +175,9 @@ class _Capture:
         """Captures all graphs, those of the largest steps first; or the pass of the smallest step, which shows whether
         captures work here."""
         if smallest:
-            self._capture(self._sizes[-1], None)
+            self._capture(self.sizes[-1], None)
             return
-        for size in self._sizes:
+        for size in self.sizes:
             for kind in (None, *self._tails):
                 self._capture(size, kind)
 
@@ -165,6 +190,7 @@ class _Capture:
         if self._stream is not None:
             # Each thread has its own, which cannot be made in a capture.
             torch.cuda.current_blas_handle()  # type: ignore[no-untyped-call]
+        self.compile_ahead(partial(self.run_once, [size], () if kind is None else [kind]))
         error = self._failure(partial(self._capture, size, kind))
         if error is not None:
             _log.info("the capture of %s failed, and is tried again: %s", size, described(error))

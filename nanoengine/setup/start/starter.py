@@ -40,7 +40,7 @@ from nanoengine.setup.start.build_model import (
     weight_bytes,
     weights_freed_on_error,
 )
-from nanoengine.setup.start.capture import capture_graphs
+from nanoengine.setup.start.capture import capture_graphs, compile_ahead
 from nanoengine.setup.start.choose_quantization import choose_methods, skipped_by
 from nanoengine.setup.start.clock import Dequantised, StartClock
 from nanoengine.setup.start.graph_sizes import capture_sizes, reserve_bytes
@@ -153,8 +153,7 @@ class _Start:
         self.clock.lap("buffers")
         report = self._make_kv_cache(built, runner)
         self.clock.lap("kv cache")
-        later = options.lazy_graphs and runner.tp.size == 1  # ranks would wait for each other in the middle of a step
-        failure = capture_graphs(runner, later=later, is_compiled=self.notes is not None)
+        failure = capture_graphs(runner, later=self._later, is_compiled=self.notes is not None or self._compiled)
         if self.notes is None and not failure and runner.graphs.used:
             self._peaks.write(path)
         self.clock.lap("capture")
@@ -163,6 +162,11 @@ class _Start:
         given_up = options.enforce_eager and not self.asked.enforce_eager
         eager = "memory ran out while graphs were captured" if given_up else failure
         return runner, replace(report, eager_reason=eager, phases=self.clock.report().phases)
+
+    @property
+    def _later(self) -> bool:
+        """Whether most graphs are captured when they are wanted. Ranks would wait for each other in a step."""
+        return self.plan.options.lazy_graphs and self.tp.size == 1
 
     def _undo(self) -> None:
         """Gives back all that is not the model's or a runner's."""
@@ -233,7 +237,7 @@ class _Start:
         options, limits = self.plan.options, batch_limits(self.plan.options)
         size, pairs = limits.block_size, list(zip(self.specs, self.layers, strict=True))
         block_bytes = sum(kv_block_bytes(self.backend_class, spec, size) * len(layers) for spec, layers in pairs)
-        self._measured, self._peaks = (0, 0), ProfileNotes(0, 0, 0)
+        self._measured, self._peaks, self._compiled = (0, 0), ProfileNotes(0, 0, 0), False
         budget = partial(self._kv_budget, block_bytes, runner)
         blocks = self.tp.minimum(count_blocks(options, block_bytes, budget))
         try:
@@ -290,6 +294,8 @@ class _Start:
             runner.launch, runner.tables, runner.sampler, batch_limits(options), draws=draws,
             max_logprobs=options.max_logprobs, drafts=self.drafts,
         )  # fmt: skip
+        compile_ahead(runner, later=self._later, largest=peaks[0])
+        self._compiled = True
         prefill, sampling = (peak_bytes(self.device, run) for run in peaks)
         for backend in self.backends:
             release(backend)

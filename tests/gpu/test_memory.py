@@ -16,11 +16,14 @@ from engine.support import greedy, mock_llm, prompts, tokens_of
 
 from nanoengine import LLM, RequestOutput, SamplingParams
 from nanoengine.api.errors import DeviceMemoryError
+from nanoengine.core.execution.graphs import StepGraphs
+from nanoengine.core.execution.step_inputs import StepSize
 from nanoengine.core.step import num_slots
+from nanoengine.setup.start import capture
 from nanoengine.testing.invariants import check_scheduler
 from nanoengine.testing.mock_model import MockModel
 
-from .support import need, runner_of, write_wide
+from .support import ON_GPU, need, runner_of, write_wide
 
 pytestmark = [pytest.mark.gpu, pytest.mark.alone]
 MIB, GIB = 1 << 20, 1 << 30
@@ -61,13 +64,13 @@ def asked(count: int, longest: int = 60) -> list[list[int]]:
 @pytest.mark.parametrize("mode", ["torch", "triton eager", "triton", "flash_attn"])
 def test_close_gives_everything_back(tmp_path: Path, mode: str) -> None:
     """Within 64 MiB of what the device had given away before; the first engine loads the kernels' code, which stays."""
-    options = {**need(mode), "device": "cuda", "dtype": "bfloat16", "num_gpu_blocks_override": LARGE_CACHE}
+    options = {**need(mode), **ON_GPU, "dtype": "bfloat16", "num_gpu_blocks_override": LARGE_CACHE}
     if mode == "flash_attn":
         options["num_gpu_blocks_override"] = LARGE_CACHE // 16
     folder = write_wide("qwen3", tmp_path / "qwen3")
     params = SamplingParams(max_tokens=12, seed=1, logprobs=2, prompt_logprobs=1, presence_penalty=0.5, top_k=5)
     seen: list[tuple[int, int]] = []
-    for _ in range(3):
+    for _ in range(2):
         with LLM(folder, **options) as llm:
             llm.generate(asked(8), [GREEDY, params] * 4, use_tqdm=False)
             report, (free, total) = llm.memory_report, torch.cuda.mem_get_info()
@@ -87,7 +90,7 @@ def test_close_in_the_middle_of_steps_gives_everything_back(tmp_path: Path) -> N
     folder = write_wide("llama", tmp_path / "llama")
     seen = []
     for _ in range(2):
-        llm = LLM(folder, **need("triton"), device="cuda", num_gpu_blocks_override=LARGE_CACHE)
+        llm = LLM(folder, **need("triton"), **ON_GPU, num_gpu_blocks_override=LARGE_CACHE)
         for i, prompt in enumerate(asked(8)):
             llm.text_engine.add_request(str(i), prompt, SamplingParams(max_tokens=500, ignore_eos=True))
         for _ in range(5):
@@ -102,7 +105,7 @@ def test_close_in_the_middle_of_steps_gives_everything_back(tmp_path: Path) -> N
 def test_two_engines_at_once(tmp_path: Path) -> None:
     """With graphs, steps of both in turn; what one closes does not touch the other."""
     folder = write_wide("llama", tmp_path / "llama")
-    options = {**need("triton"), "device": "cuda", "dtype": "float32", "gpu_memory_utilization": 0.3}
+    options = {**need("triton"), **ON_GPU, "dtype": "float32", "gpu_memory_utilization": 0.3}
     with LLM(folder, **options) as alone:
         wanted = tokens_of(alone.generate(asked(6), GREEDY, use_tqdm=False))
     one, two = LLM(folder, **options), LLM(folder, **options)
@@ -127,7 +130,7 @@ def test_an_engine_starts_in_what_others_leave(tmp_path: Path, caplog: pytest.Lo
     torch.cuda.empty_cache()
     free, _ = torch.cuda.mem_get_info()
     held = torch.empty(free - 6 * GIB, dtype=torch.uint8, device="cuda")
-    with caplog.at_level(logging.WARNING), mock_llm(tmp_path, device="cuda", num_gpu_blocks_override=None) as llm:
+    with caplog.at_level(logging.WARNING), mock_llm(tmp_path, **ON_GPU, num_gpu_blocks_override=None) as llm:
         assert tokens_of(llm.generate(prompts(8), GREEDY, use_tqdm=False)) == [greedy(p, 12) for p in prompts(8)]
         assert llm.memory_report.kv_cache_bytes < 6 * GIB
     del held
@@ -221,6 +224,58 @@ def test_a_step_without_room_runs_as_smaller_steps(tmp_path: Path, mode: str) ->
         assert llm.stats().steps_withdrawn == stats.steps_withdrawn
     assert_same(found, wanted)
     assert_same(again, wanted)
+
+
+def test_a_capture_without_room_leaves_its_size_eager_and_gives_its_memory_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the capture took before it failed is there for others; once there is room, it is captured."""
+    run, hungry = StepGraphs.run, [True]
+
+    def hungry_run(self: StepGraphs, size: StepSize) -> torch.Tensor:
+        logits = run(self, size)
+        if hungry and size.plain and size.decode_rows == 8 and torch.cuda.is_current_stream_capturing():
+            kept = [torch.empty(100 * MIB, dtype=torch.uint8, device="cuda") for _ in range(10)]
+            logits = logits + len(kept) * 0
+        return logits
+
+    monkeypatch.setattr(StepGraphs, "run", hungry_run)
+    monkeypatch.setattr(capture._Attempts, "FIRST", 8)
+    with mock_llm(tmp_path, **{**ON_GPU, "max_num_batched_tokens": 256}, lazy_graphs=True) as llm:
+
+        def replayed(count: int) -> int:
+            texts, before = prompts(count, longest=12), llm.stats().graph_steps
+            assert tokens_of(llm.generate(texts, GREEDY, use_tqdm=False)) == [greedy(p, 12) for p in texts]
+            return llm.stats().graph_steps - before
+
+        assert replayed(2) > 5
+        with room(300 * MIB):
+            before = torch.cuda.memory_reserved()
+            assert replayed(8) < 3
+            assert torch.cuda.memory_reserved() - before < 100 * MIB
+            assert replayed(2) > 5
+        hungry.clear()
+        assert sum(replayed(8) for _ in range(6)) > 5
+        stats = llm.stats()
+    assert stats.uncaptured_steps > 5
+    assert stats.steps_broken == stats.steps_withdrawn == stats.preemptions == 0
+
+
+def test_an_invalid_capture_leaves_torch_s_allocator_as_it_was() -> None:
+    """It ends with an error, and its memory is given back all the same, and other memory once it is short."""
+    reserved = memory()[1]
+
+    def waits() -> object:
+        return torch.zeros(64 * MIB, dtype=torch.uint8, device="cuda").sum().item()
+
+    for _ in range(2):
+        with pytest.raises(RuntimeError):
+            capture.captured(waits, torch.cuda.graph_pool_handle(), torch.cuda.Stream())
+    assert memory()[1] - reserved <= 4 * MIB
+    with room(3 * GIB):
+        small = torch.empty(2 * GIB, dtype=torch.uint8, device="cuda")
+        del small  # the allocator keeps it, and has no room for the next one but that
+        assert torch.empty(5 * GIB // 2, dtype=torch.uint8, device="cuda").is_cuda
 
 
 def hungry_forward(monkeypatch: pytest.MonkeyPatch, size: Callable[[Any], int]) -> None:

@@ -42,6 +42,18 @@ def make(folder: Path, mode: str, **more: Any) -> LLM:
     return LLM(write_wide("qwen3", folder), **options)
 
 
+@pytest.fixture(scope="module", params=["torch", "triton eager", "triton", "flash_attn eager", "flash_attn"])
+def mode(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def llm(mode: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LLM]:
+    """One engine a mode: the tests of a mode run one after the other."""
+    with make(tmp_path_factory.mktemp("model"), mode) as made:
+        yield made
+
+
 def params(i: int, plain: bool) -> SamplingParams:
     return SamplingParams(max_tokens=LENGTH, ignore_eos=True, **RECIPES[i % (3 if plain else len(RECIPES))])
 
@@ -98,25 +110,23 @@ def faults(outputs: list[RequestOutput]) -> list[str]:
 
 
 @pytest.mark.parametrize("plain", [True, False], ids=["plain", "everything"])
-@pytest.mark.parametrize("mode", ["torch", "triton eager", "triton", "flash_attn eager", "flash_attn"])
-def test_no_step_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str, plain: bool) -> None:
-    with make(tmp_path, mode) as llm:
-        broken: list[str] = []
-        original = llm.engine._broken
-        monkeypatch.setattr(llm.engine, "_broken", lambda error: (broken.append(f"{error}"), original(error)))
-        outputs = twenty_steps(llm, plain=plain)
-        stats = llm.stats()
+def test_no_step_waits(llm: LLM, monkeypatch: pytest.MonkeyPatch, mode: str, plain: bool) -> None:
+    broken: list[str] = []
+    before, original = llm.stats(), llm.engine._broken
+    monkeypatch.setattr(llm.engine, "_broken", lambda error: (broken.append(f"{error}"), original(error)))
+    outputs = twenty_steps(llm, plain=plain)
+    stats = llm.stats()
     assert not broken
     assert not faults(outputs)
     assert len(outputs) == 8 + 7
     lens = [len(o.outputs[0].token_ids) for o in outputs if o.outputs[0].finish_reason == "length"]
     assert lens == [LENGTH] * len(lens)
     assert sum(o.outputs[0].finish_reason == "abort" for o in outputs) == 1
-    assert stats.mixed_steps > 5
-    assert (stats.graph_steps > 0) == (mode in ("triton", "flash_attn"))
+    assert stats.mixed_steps - before.mixed_steps > 5
+    assert (stats.graph_steps > before.graph_steps) == (mode in ("triton", "flash_attn"))
     if plain:
-        assert (stats.graph_tails > 0) == (mode in ("triton", "flash_attn"))
-        assert (stats.mixed_graph_steps > 0) == (mode == "triton")
+        assert (stats.graph_tails > before.graph_tails) == (mode in ("triton", "flash_attn"))
+        assert (stats.mixed_graph_steps > before.mixed_graph_steps) == (mode == "triton")
 
 
 def test_the_alarm_is_heard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,11 +172,9 @@ def launch_under_a_sleeping_gpu(llm: LLM, *, admit: bool) -> tuple[bool, float]:
 
 
 @pytest.mark.parametrize("admit", [False, True], ids=["decode", "mixed"])
-@pytest.mark.parametrize("mode", ["torch", "triton eager", "triton", "flash_attn"])
-def test_a_launch_returns_while_the_gpu_sleeps(tmp_path: Path, mode: str, admit: bool) -> None:
-    with make(tmp_path, mode) as llm:
-        launch_under_a_sleeping_gpu(llm, admit=admit)  # compiles
-        early, took = launch_under_a_sleeping_gpu(llm, admit=admit)
+def test_a_launch_returns_while_the_gpu_sleeps(llm: LLM, mode: str, admit: bool) -> None:
+    launch_under_a_sleeping_gpu(llm, admit=admit)  # compiles
+    early, took = launch_under_a_sleeping_gpu(llm, admit=admit)
     print(f"\n{mode}: launched in {took * 1e3:.2f} ms under a sleep of {SLEEP * 1e3:.0f} ms")
     assert early
     assert took < SLEEP / 2

@@ -215,9 +215,10 @@ def _tiles_kernel(
     SPLITS: tl.constexpr, HAS_ZEROS: tl.constexpr, TILED: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_ADD: tl.constexpr, SQUARES: tl.constexpr, PARTS: tl.constexpr, NEXT: tl.constexpr,
     ASM: tl.constexpr, PDL: tl.constexpr, PRODUCTS: tl.constexpr, SUMS: tl.constexpr, BASE: tl.constexpr,
-    UNITS: tl.constexpr, PROGRAMS: tl.constexpr, WARPS: tl.constexpr, AHEAD: tl.constexpr,
+    UNITS: tl.constexpr, PROGRAMS: tl.constexpr, WARPS: tl.constexpr, AHEAD: tl.constexpr, FAR: tl.constexpr,
 ):  # fmt: skip
-    """UNITS: of 32 rows. AHEAD: steps of 128 inputs whose codes a warp asks for before it needs them."""
+    """UNITS: of 32 rows. AHEAD: steps of 128 inputs whose codes a warp asks for before it needs them. FAR: a unit ahead
+    they are to be in L2."""
     steps: tl.constexpr = K // 128
     each: tl.constexpr = (steps + WARPS * AHEAD - 1) // (WARPS * AHEAD) * AHEAD  # of a warp
     thread = tl.arange(0, 32 * WARPS)
@@ -232,7 +233,7 @@ def _tiles_kernel(
             K, GROUP, WARPS, HAS_ZEROS,
         )  # fmt: skip
     row: tl.constexpr = steps * 256  # words of a row of tiles
-    if PDL:
+    if PDL and FAR:
         a, b = words_ptr + tile.to(tl.int64) * row, words_ptr + other.to(tl.int64) * row
         _request(a, b, warp, lane, first < UNITS, AHEAD * WARPS, steps, WARPS)
     release_dependents(PDL)
@@ -250,7 +251,7 @@ def _tiles_kernel(
             unit, t, bias_ptr, add_ptr, next_ptr, rows, add_stride, N, BLOCK_N, GATED, HAS_BIAS, HAS_ADD, NEXT
         )
         behind_tile, behind_other = _tiles_of(unit + PROGRAMS, N, GATED)
-        if PDL and UNITS > PROGRAMS:
+        if PDL and FAR and UNITS > PROGRAMS:
             a, b = words_ptr + behind_tile.to(tl.int64) * row, words_ptr + behind_other.to(tl.int64) * row
             _request(a, b, warp, lane, unit + PROGRAMS < UNITS, 0, steps, WARPS)
         y = four if BLOCK_T == 1 else four + four
@@ -281,12 +282,13 @@ def _tiles_kernel(
 
 @dataclass(frozen=True, slots=True)
 class TilesTile:
-    """Warps of a program, how many of them a multiprocessor has, steps of codes ahead, and registers of a thread; 0: as
-    many as it takes."""
+    """Warps of a program, how many programs a multiprocessor has, steps of codes ahead in registers, whether those of a
+    unit are ahead in L2, and registers of a thread; 0: as many as it takes."""
 
     warps: int
     programs: int
     ahead: int
+    far: bool = True
     registers: int = 0
 
 
@@ -330,7 +332,7 @@ def product(
         _tiles_kernel[programs, parts, tokens](
             values, *launch.arguments, **launch.constants, PRODUCTS=products, SUMS=sums,
             BASE=(128.0 if values.dtype == torch.bfloat16 else 1024.0) if asm else 0.0,
-            UNITS=units, PROGRAMS=programs, WARPS=tile.warps, AHEAD=tile.ahead, num_warps=tile.warps,
+            UNITS=units, PROGRAMS=programs, WARPS=tile.warps, AHEAD=tile.ahead, FAR=tile.far, num_warps=tile.warps,
             maxnreg=tile.registers or None,
         )  # fmt: skip
     return launch.y, launch.scaled

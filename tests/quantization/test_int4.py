@@ -20,7 +20,7 @@ from nanoengine.api import LayerInfo, ModelError, QuantizationContext, WeightsEr
 from nanoengine.api.parallel import ShapesOnly, SingleRank
 from nanoengine.api.sources import cache_root
 from nanoengine.kernels.cpu import NotBuilt, load
-from nanoengine.kernels.ops import Ops, TritonOps
+from nanoengine.kernels.ops import KernelChoice, Ops, TritonOps
 from nanoengine.layers.linear import ParallelLinear
 from nanoengine.layers.quantised import dummy_bits
 from nanoengine.plugins.models.llama import Llama
@@ -107,15 +107,21 @@ def test_by_kernels_in_c(case: str, source: Path, tmp_path: Path) -> None:
     assert 1e-5 < max(abs(a - b) for a, b in zip(got[1][:same], want[1][:same], strict=False)) < 0.15
 
 
-@pytest.mark.parametrize("case", ["awq", "gptq, symmetric", "gptq, act-order"])
+@pytest.mark.parametrize("case", ["awq", "awq, one group", "gptq, symmetric", "gptq, act-order"])
 def test_triton_kernels_agree(case: str, source: Path, tmp_path: Path) -> None:
-    """In the interpreter: each layer alone, behind a norm with a gate, and before the residual stream."""
+    """In the interpreter: each layer alone, behind a norm with a gate, and before the residual stream. With one group
+    that of 128 inputs is in tiles."""
     pytest.importorskip("triton")
     config, tensors_of, how = CASES[case]
-    packed, _ = pack.write(source, tmp_path, config, tensors_of, 32, **how)
+    packed, _ = pack.write(source, tmp_path, config, tensors_of, config["group_size"], **how)
     generator = torch.Generator().manual_seed(1)
     with interpreted(), torch.no_grad():
-        models = [loaded(config, packed, ops) for ops in (Ops(), TritonOps())]
+        fused_ops = TritonOps(kernels=KernelChoice.of({"int4_tiles": "one group" in case}))
+        models = [loaded(config, packed, ops) for ops in (Ops(), fused_ops)]
+        weights = [piece.linear.keywords["weight"] for each in linears(models[1]) for piece in each.method._pieces]
+        assert [each.tiled for each in weights] == [
+            case == "awq, one group" and each.shape[1] == 128 for each in weights
+        ]
         for plain, fused in zip(*map(linears, models), strict=True):
             outputs, inputs = plain.info.shape
             x, residual = (torch.randn(3, width, generator=generator) for width in (inputs, outputs))

@@ -30,11 +30,7 @@ class SampleState:
     finish_reason: FinishReason | None = None
     logprobs: list[LogprobRows] = field(default_factory=list)
 
-    def delta(
-        self,
-        finish_reason: FinishReason | None = None,
-        stop_reason: int | str | None = None,
-    ) -> SampleDelta:
+    def delta(self, finish_reason: FinishReason | None = None, stop_reason: int | str | None = None) -> SampleDelta:
         """All that its client does not have yet."""
         request, self.finish_reason = self.request, finish_reason
         logprobs, self.logprobs = join_rows(self.logprobs), []

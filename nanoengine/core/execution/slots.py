@@ -103,12 +103,9 @@ class RaggedTable:
         self.counts[slots] = upload(counts.astype(np.int32), device)
 
     def _widen(self, width: int) -> None:
-        old = self.values.shape[1]
-        if width <= old:
-            return
-        wider = self.values.new_full((self.values.shape[0], 1 << (width - 1).bit_length()), self.default)
-        wider[:, :old] = self.values
-        self.values = wider
+        if width > self.values.shape[1]:
+            more = (1 << (width - 1).bit_length()) - self.values.shape[1]
+            self.values = torch.nn.functional.pad(self.values, (0, more), value=self.default)
 
     def gather(self, slots: Tensor) -> RaggedColumn:
         """The column of rows in these slots."""

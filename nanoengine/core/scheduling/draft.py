@@ -306,15 +306,11 @@ def _processor_columns(new: Iterable[Request]) -> tuple[ProcessorColumn, ...]:
 
 
 def _block_appends(grown: Mapping[Request, int]) -> BlockAppends:
-    groups: list[int] = []
-    slots: list[int] = []
-    indices: list[int] = []
-    blocks: list[int] = []
-    for request, first in grown.items():
-        for group, table in enumerate(request.block_ids):
-            added = table[first:]
-            groups += [group] * len(added)
-            slots += [request.slot] * len(added)
-            indices += range(first, len(table))
-            blocks += added
-    return BlockAppends(group=i32(groups), slot=i32(slots), index=i32(indices), block=i32(blocks))
+    writes = [
+        (group, request.slot, index, block)
+        for request, first in grown.items()
+        for group, table in enumerate(request.block_ids)
+        for index, block in enumerate(table[first:], first)
+    ]
+    group, slot, index, block = i32(writes).reshape(-1, 4).T.copy()
+    return BlockAppends(group=group, slot=slot, index=index, block=block)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from nanoengine.api.deltas import Float32, LogprobRows
-from nanoengine.api.errors import ConfigError, RequestError
+from nanoengine.api.errors import RequestError
 from nanoengine.core.request import Request
 from nanoengine.core.scheduling.block_manager import Published
 from nanoengine.core.step import StepPlan
@@ -16,13 +16,12 @@ from nanoengine.params.speculation import MAX_DRAFTS
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SchedulerConfig:
-    """Limits of every step. `max_num_batched_tokens` may be below `max_num_seqs`: requests then take turns.
+    """Limits of every step, as `EngineOptions` has checked them.
 
-    spare_slots: see `num_slots`; the device's tables have as many. admission_reserve: blocks that stay free for each
-    running request when another one is admitted. whole_prompts: a prompt runs in one step, and a request generates one
-    token: for attention that looks ahead. most_forced: the most tokens that are drafts because they must come next.
-
-    Raises `ConfigError` for a limit below 1, or a reserve below 0.
+    max_num_batched_tokens: may be below `max_num_seqs`: requests then take turns. spare_slots: see `num_slots`; the
+    device's tables have as many. admission_reserve: blocks that stay free for each running request when another one is
+    admitted. whole_prompts: a prompt runs in one step, and a request generates one token: for attention that looks
+    ahead. most_forced: the most tokens that are drafts because they must come next.
     """
 
     max_num_seqs: int
@@ -33,13 +32,6 @@ class SchedulerConfig:
     admission_reserve: int = 0
     whole_prompts: bool = False
     most_forced: int = MAX_DRAFTS
-
-    def __post_init__(self) -> None:
-        for name in ("max_num_seqs", "max_num_batched_tokens", "max_model_len"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)} must be 1 or more")
-        if self.admission_reserve < 0:
-            raise ConfigError(f"admission_reserve={self.admission_reserve} must be 0 or more")
 
 
 class Admission(NamedTuple):

@@ -21,7 +21,8 @@ from nanoengine.api.errors import (
 )
 from nanoengine.api.outputs import RequestOutput
 from nanoengine.api.stats import EngineStats
-from nanoengine.build import BuiltEngine, assemble, build_engine, find_model
+from nanoengine.build import assemble, find_model
+from nanoengine.build_engine import BuiltEngine, build_engine
 from nanoengine.observe.progress import Progress, note
 from nanoengine.observe.steps import Observer, add_observer, remove_observer
 from nanoengine.params.arguments import (

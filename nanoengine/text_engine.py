@@ -12,7 +12,7 @@ from nanoengine.api.deltas import RequestDelta
 from nanoengine.api.embeddings import EmbeddingOutput
 from nanoengine.api.errors import WorkerError, is_failure, text_failure
 from nanoengine.api.outputs import RequestOutput
-from nanoengine.build import BuiltEngine
+from nanoengine.build_engine import BuiltEngine
 from nanoengine.core.engine import Engine
 from nanoengine.params.arguments import encoded_prompt
 from nanoengine.params.generated import Generated

@@ -12,7 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from nanoengine.api import HostDrafter
-from nanoengine.build import DEFAULT_STEP_TOKENS
+from nanoengine.build_engine import DEFAULT_STEP_TOKENS
 from nanoengine.cli.app import app
 from nanoengine.params.speculation import MAX_DRAFTS, Acceptance, SpeculationOptions
 from nanoengine.plugins.drafters.params import NgramParams, SuffixParams

@@ -20,8 +20,16 @@ from engine import chain_plugin, processors_plugin
 from engine.support import greedy
 from engine.test_host_states import chained
 
-from nanoengine import LLM, ConfigError, ModelError, NanoEngineError, PluginError, SamplingParams, WorkerError
-from nanoengine import build as build_engine
+from nanoengine import (
+    LLM,
+    ConfigError,
+    ModelError,
+    NanoEngineError,
+    PluginError,
+    SamplingParams,
+    WorkerError,
+    build_engine,
+)
 from nanoengine.api import AttentionBackend
 from nanoengine.distributed.executor import WorkersExecutor
 from nanoengine.distributed.faults import phase_of

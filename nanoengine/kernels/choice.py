@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-KernelName = Literal["attention_codes", "int4_gluon", "int4_tiles"]
+KernelName = Literal["attention_codes", "eight_bit_streamed", "int4_gluon", "int4_tiles"]
 KERNELS: Mapping[KernelName, bool] = {
     "attention_codes": True,  # K and V in eight bits by wgmma on Hopper GPUs; else by the decode kernel in Triton
+    "eight_bit_streamed": False,  # one row is quantised by its product with FP8 weights; else by a kernel in front
     "int4_gluon": True,  # products of four bits by kernels for Hopper GPUs in Gluon; else by those in Triton
     "int4_tiles": False,  # codes lie as tensor cores take them, for up to 8 rows; else row by row
 }

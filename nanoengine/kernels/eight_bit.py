@@ -32,6 +32,7 @@ class EightBit:
         inputs: "plain": x is not quantised. Otherwise x is quantised to the weight's dtype, with a scale for each
             token, for each `columns` inputs of a token ("group"), or with `input_scale` ("tensor").
         input_scale: float32 [1]. bound: float32 [1]; with "token": what is larger does not count for the scale.
+        streamed: on a GPU products of few rows are those of `eight_bit_streamed_triton`, where it takes them.
     """
 
     weight: Tensor
@@ -41,6 +42,7 @@ class EightBit:
     inputs: Inputs
     input_scale: Tensor | None = None
     bound: Tensor | None = None
+    streamed: bool = False
 
     @property
     def limit(self) -> float:
@@ -51,6 +53,11 @@ class EightBit:
     def group(self) -> int:
         """Inputs that share a scale of x."""
         return self.columns if self.inputs == "group" else self.weight.shape[-1]
+
+    @property
+    def group_of_all(self) -> bool:
+        """Whether an output has one scale, and x no groups."""
+        return self.columns >= self.weight.shape[-1] and self.inputs != "group"
 
 
 def quantised(x: Tensor, w: EightBit) -> tuple[Tensor, Tensor]:

@@ -1,5 +1,6 @@
 """Products with weights of eight bits on a GPU, each weight read once at few rows. The route depends on rows and kind:
 
+- one row of FP8, where `engine.kernels` has it on: `eight_bit_streamed_triton`, which does all in one launch;
 - one or two rows that have no single scale: `eight_bit_gemv_triton`, which normalises and quantises x itself;
 - many rows of FP8 with one scale an output: `torch._scaled_mm`, whose result is rounded before what follows it;
 - all else: tiles by tensor cores (`eight_bit_tile_triton`), x quantised in front (`quantise_triton`, with the norm).
@@ -16,6 +17,7 @@ from nanoengine.kernels.activation import Activation
 from nanoengine.kernels.activation_triton import act_and_mul
 from nanoengine.kernels.eight_bit import EightBit
 from nanoengine.kernels.eight_bit_gemv_triton import gemv, takes_gemv
+from nanoengine.kernels.eight_bit_streamed_triton import streamed, takes_streamed
 from nanoengine.kernels.eight_bit_tile_triton import tiled
 from nanoengine.kernels.quantise_triton import quantised
 from nanoengine.kernels.rms_norm_triton import add_rms_norm
@@ -34,6 +36,8 @@ def product(
     out: Tensor | None = None,
 ) -> Tensor:
     """As `eight_bit.product`."""
+    if takes_streamed(w, len(x)):
+        return streamed(w, x, bias, gate=gate, add=add, out=out)[0]
     if takes_gemv(w, len(x)):
         return gemv(w, x, bias, gate=gate, add=add, out=out)[0]
     if w.inputs == "plain":
@@ -44,7 +48,7 @@ def product(
 
 def product_added(w: EightBit, x: Tensor, bias: Tensor | None, residual: Tensor) -> tuple[Tensor, Tensor | None]:
     """As `eight_bit.product_added`. The library's product leaves the sum to the norm behind it."""
-    if takes_gemv(w, len(x)) or not _scaled_mm_takes(w, x):
+    if not _scaled_mm_takes(w, x):
         return product(w, x, bias, add=residual), None
     return product(w, x, bias), residual
 
@@ -60,6 +64,8 @@ def norm_product(
     gate: Activation | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As `eight_bit.norm_product`."""
+    if takes_streamed(w, len(x)):
+        return streamed(w, x, bias, residual=residual, norm_weight=norm_weight, eps=eps, gate=gate)
     if len(x) == 1 and takes_gemv(w, len(x)):
         return gemv(w, x, bias, residual=residual, norm_weight=norm_weight, eps=eps, gate=gate)
     if w.inputs == "plain" or takes_gemv(w, len(x)):

@@ -39,16 +39,23 @@ def codes_of(x, input_scale_ptr, bound_ptr, GROUPS: tl.constexpr, GROUP: tl.cons
 def _scales_of(x, input_scale_ptr, bound_ptr, GROUPS: tl.constexpr, INPUTS: tl.constexpr, INT8: tl.constexpr,
                HAS_BOUND: tl.constexpr, STORED: tl.constexpr):  # fmt: skip
     """[GROUPS, GROUP] -> [GROUPS]."""
+    most = tl.max(tl.abs(x), 1)
+    return scale_of(most, tl.sum(x - x, 1), input_scale_ptr, bound_ptr, INPUTS, INT8, HAS_BOUND, STORED)
+
+
+@triton.jit
+def scale_of(most, off, input_scale_ptr, bound_ptr, INPUTS: tl.constexpr, INT8: tl.constexpr,
+             HAS_BOUND: tl.constexpr, STORED: tl.constexpr):  # fmt: skip
+    """[GROUPS]: of what has these largest values. off: NaN, if one of its values is not finite, else 0."""
     limit: tl.constexpr = 127.0 if INT8 else 448.0
     if INPUTS == "tensor":
-        scale = tl.load(input_scale_ptr + tl.zeros((GROUPS,), tl.int32))
+        scale = tl.load(input_scale_ptr + tl.zeros(most.shape, tl.int32))
     else:
-        most = tl.max(tl.abs(x), 1)
         if HAS_BOUND:
             most = tl.minimum(most, tl.load(bound_ptr))
-        scale = tl.div_rn(tl.maximum(most, _LEAST), tl.full((GROUPS,), limit, tl.float32))
+        scale = tl.div_rn(tl.maximum(most, _LEAST), tl.full(most.shape, limit, tl.float32))
     if STORED or INT8 or INPUTS == "tensor" or HAS_BOUND:
-        scale += tl.sum(x - x, 1)  # NaN, if one of them is not finite: a limited or integer code would not say so
+        scale += off  # a limited or integer code would not say that it is not finite
     return scale
 
 

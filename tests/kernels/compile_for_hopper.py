@@ -21,6 +21,7 @@ from triton.experimental.gluon._runtime import GluonASTSource
 
 from nanoengine.kernels import (
     eight_bit_gemv_triton,
+    eight_bit_streamed_triton,
     eight_bit_tile_triton,
     gguf_triton,
     int4_triton,
@@ -208,6 +209,22 @@ def eight_bit_gemv(inputs: str, *, gated: bool) -> dict[str, Any]:
     return compiled(eight_bit_gemv_triton._gemv_kernel, given, constants, tile.warps)
 
 
+def eight_bit_streamed(*, gated: bool) -> dict[str, Any]:
+    """One row of Qwen3-8B's norm, gate and up, or of what down adds to the stream."""
+    n, k = (12288, 4096) if gated else (4096, 12288)
+    given = kinds(bf16="x residual norm_weight bias add y total", fp32="input_scale bound scale", fp8e4nv="weight")
+    given |= {"x_stride": "stride", "residual_stride": "stride", "add_stride": "stride", "eps": "fp32"}
+    tile = eight_bit_streamed_triton.streamed_tile(n, k, gated=gated)
+    constants = {
+        "T": 1, "N": n, "K": k, "PAIRS": tile.pairs, "STEPS": tile.steps, "CHUNKS": tile.chunks, "GROUP": 0,
+        "SCALE_ROWS": 1, "SCALE_COLUMNS": 1, "INPUTS": "token", "HAS_BOUND": False, "CAST": True,
+        "GATED": gated, "ACTIVATION": "silu" if gated else None, "NORM": gated, "HAS_RESIDUAL": gated,
+        "HAS_BIAS": False, "HAS_ADD": not gated, "WARPS": tile.warps, "ASM": eight_bit_streamed_triton.assembly(),
+        "PDL": True,
+    }  # fmt: skip
+    return compiled(eight_bit_streamed_triton._streamed_kernel, given, constants, tile.warps)
+
+
 def eight_bit_tile(rows: int, dtype: str, inputs: str) -> dict[str, Any]:
     """Qwen3-8B's gate and up, of rows that were quantised in front."""
     n, k, blocks, plain = 12288, 4096, inputs == "group", inputs == "plain"
@@ -260,8 +277,8 @@ def int4(rows: int, n: int, k: int) -> dict[str, Any]:
     constants = {
         "N": n, "K": k, "GROUP": 128, "BLOCK_T": min(tile.block_t, max(8, rows)), "BLOCK_N": tile.block_n,
         "BLOCK_K": 128, "SPLITS": tile.splits, "SPAN": span, "AHEAD": 256, "STAGES": tile.stages, "HAS_ZEROS": True,
-        "GATED": False, "ACTIVATION": None, "HAS_BIAS": False, "HAS_ADD": True, "SQUARES": 32, "PARTS": 32,
-        "NEXT": True, "ASM": True, "PDL": True,
+        "TILED": False, "GATED": False, "ACTIVATION": None, "HAS_BIAS": False, "HAS_ADD": True, "SQUARES": 32,
+        "PARTS": 32, "NEXT": True, "ASM": True, "PDL": True,
     }  # fmt: skip
     return compiled(int4_triton._int4_kernel, given, constants, tile.warps)
 
@@ -283,7 +300,8 @@ def main() -> None:
     for rows in (64, 128, 256):
         for name, n, k in (("qkv", 4096, 1024), ("o", 1024, 2048), ("gate_up", 3072, 1024)):
             found[f"layer {name} x{rows}"] = layer_product(rows, n, k, gated=name == "gate_up")
-    found["eight-bit gemv, token"] = eight_bit_gemv("token", gated=True)
+    found["eight-bit streamed, gate_up"] = eight_bit_streamed(gated=True)
+    found["eight-bit streamed, down"] = eight_bit_streamed(gated=False)
     found["eight-bit gemv, group"] = eight_bit_gemv("group", gated=False)
     for rows, dtype, inputs in (
         (16, "fp8", "token"),

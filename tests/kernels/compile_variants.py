@@ -66,7 +66,7 @@ def eight_bit(every: bool) -> Iterator[Launch]:
         for n, k, gate in ((2 * INNER, HIDDEN, "silu"), (HIDDEN, INNER, None)):
             scale = rand(-(-n // high), -(-k // (wide or k)), dtype=torch.float32)
             static = rand(1, dtype=torch.float32) if inputs == "tensor" else None
-            w = EightBit(rand(n, k, dtype=dtype), scale, high, wide or k, inputs, static)  # type: ignore[arg-type]
+            w = EightBit(rand(n, k, dtype=dtype), scale, high, wide or k, inputs, static, streamed=rows == 1)  # type: ignore[arg-type]
             x, norm, stream = rand(rows, k), rand(k), rand(rows, n)
             name = f"{dtype} {inputs} x{rows} {n} x {k}"
             if gate:

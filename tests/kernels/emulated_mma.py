@@ -1,4 +1,5 @@
-"""`tl.inline_asm_elementwise` in Triton's interpreter, for the instructions of `gguf_fragment_parts_triton`."""
+"""`tl.inline_asm_elementwise` in Triton's interpreter, for the instructions of `gguf_fragment_parts_triton` and
+`eight_bit_streamed_triton`."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ import re
 from typing import Any
 
 import numpy as np
+import torch
 import triton.language as tl
 from triton.runtime.interpreter import TensorHandle
 
@@ -23,6 +25,11 @@ def inline_asm_elementwise(asm: Any, constraints: str, args: list[Any], dtype: t
         if name.startswith("mma.sync.aligned.m16n8k16.row.col.f32"):
             given = [_operand(values, each, size) for each in operands]
             values |= zip(operands[:4], _product(given, name.split(".")[7]), strict=True)
+        elif name == "mov.b32" and len(operands) == 3:  # a word's halves
+            word = _operand(values, operands[2], size)
+            values |= {operands[0]: word & 0xFFFF, operands[1]: word >> 16}
+        elif name == "cvt.rn.f16x2.e4m3x2":
+            values[to] = _halves_of_codes(given[0])
         elif name == "lop3.b32":
             assert operands[4] in ("0xEA", "0x6A")
             cut = given[0] & given[1]
@@ -63,6 +70,13 @@ def _product(operands: list[Any], kind: str) -> list[Any]:
         (made[:, i // 2, ..., i % 2].reshape(-1) + register).astype(np.float32)
         for i, register in enumerate(operands[10:14])
     ]
+
+
+def _halves_of_codes(words: Any) -> Any:
+    """Two codes of FP8 in the lowest bytes -> two float16."""
+    codes = torch.from_numpy(np.stack([words & 0xFF, words >> 8 & 0xFF], -1).astype(np.uint8))
+    bits = codes.view(torch.float8_e4m3fn).half().view(torch.int16).numpy().view(np.uint16).astype(np.uint32)
+    return bits[:, 0] | bits[:, 1] << 16
 
 
 def _two(words: Any, kind: str) -> Any:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any, ClassVar
 
 import pytest
 import torch
 
 pytest.importorskip("triton")
-from nanoengine.kernels import eight_bit, eight_bit_triton
+import triton.language as tl
+from emulated_mma import inline_asm_elementwise
+
+from nanoengine.kernels import eight_bit, eight_bit_streamed_triton, eight_bit_triton
 from nanoengine.kernels.eight_bit import EightBit, dequantised
+from nanoengine.kernels.eight_bit_streamed_triton import StreamedTile, streamed
 from nanoengine.kernels.eight_bit_tile_triton import Tile, tiled
 from nanoengine.kernels.quantise_triton import quantised
 from nanoengine.kernels.rms_norm import add_rms_norm
@@ -110,7 +115,7 @@ def test_what_is_not_finite_is_seen_in_its_row_alone(rand, weight, kind, value) 
 
 
 @kinds
-@pytest.mark.parametrize("rows", [1, 2, 20])
+@pytest.mark.parametrize("rows", [2, 20])
 @pytest.mark.parametrize(("gate", "with_bias", "with_add"), [(None, True, True), ("silu", True, False)])
 def test_product_agrees(rand, weight, assert_close, kind, rows, gate, with_bias, with_add) -> None:
     n, k = 64, 88
@@ -229,3 +234,78 @@ class TestReference:
         codes, scale = eight_bit.quantised(torch.tensor([[254.0, -254.0, 5.0, 3.0]], device=w.scale.device), w)
         assert codes.tolist() == [[127, -127, 2, 2]]  # 2.5 and 1.5: ties to even
         assert scale.item() == 2.0
+
+
+class TestStreamed:
+    """Products that quantise a few rows themselves."""
+
+    KINDS: ClassVar[dict[str, dict[str, Any]]] = {
+        "token": {"inputs": "token"},
+        "bound": {"inputs": "token", "bound": 1.5},
+        "static": {"inputs": "tensor", "input_scale": 0.004},
+        "blocks": {"inputs": "group", "rows": 32, "columns": 64},
+        "blocks static": {"inputs": "tensor", "rows": 1, "columns": 64, "input_scale": 0.01},
+    }
+    kinds = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS.keys())
+
+    @kinds
+    def test_codes_are_those_of_the_kernel_in_front(self, rand, weight, kind) -> None:
+        """Bit for bit: the weight is every third row of the unit matrix, so a product is a code times its scale. What
+        is not finite is seen in its row, and nowhere else."""
+        x = rand(4, 80)
+        x[1] = torch.linspace(-1, 1, 80)
+        x[2, :64] *= 0.001
+        x[3] = 0
+        w = weight(FP8, 27, 80, **kind)
+        w = replace(w, weight=torch.eye(80, device=x.device)[::3].to(FP8), scale=torch.ones_like(w.scale))
+        codes, scale, _ = quantised(x, w)
+        out = torch.empty(4, 27, device=x.device)
+        y, _ = streamed(w, x, None, out=out)
+        assert torch.equal(y, (codes.float() * scale.repeat_interleave(w.group, 1)[:, :80])[:, ::3])
+        assert not y[3].any()
+        assert y[1].any()
+        x[1, 3], x[2, 70] = float("inf"), float("nan")
+        again, _ = streamed(w, x, None, out=torch.empty_like(out))
+        assert not again[1:3].isfinite().any()
+        assert torch.equal(again[::3], y[::3])
+
+    @pytest.mark.parametrize("gate", [None, "silu"])
+    @pytest.mark.parametrize("pairs", [1, 2, 4])
+    def test_chunks_of_k_and_rows_that_fill_no_tile(self, rand, weight, assert_close, pairs, gate) -> None:
+        kind = self.KINDS["blocks" if pairs == 2 else "token"]
+        w, x, norm = weight(FP8, 22, 1040, **kind), rand(2, 1040), rand(1040)
+        programs, bias = -(-22 // (4 * pairs)), rand(22)
+        tile = StreamedTile(pairs=pairs, chunks=3, warps=1, programs=programs, steps=2)
+        y, total = streamed(w, x, bias, residual=x, norm_weight=norm, eps=EPS, gate=gate, tile=tile)
+        expected, expected_total = eight_bit.norm_product(w, x, x, norm, EPS, bias, gate=gate)
+        assert torch.equal(total, expected_total)
+        assert_close(y, expected, bound=4e-3)
+
+    @kinds
+    def test_the_switch_is_asked(self, rand, weight, kind, monkeypatch) -> None:
+        ran = list[int]()
+
+        def counted(w, x, *args, **options):
+            ran.append(len(x))
+            return streamed(w, x, *args, **options)
+
+        monkeypatch.setattr(eight_bit_triton, "streamed", counted)
+        for on in (True, False):
+            w, x = replace(weight(FP8, 32, 64, **kind), streamed=on), rand(2, 64)
+            for rows in (1, 2):
+                eight_bit_triton.product(w, x[:rows], None)
+                eight_bit_triton.product_added(w, x[:rows], None, rand(rows, 32))
+                eight_bit_triton.norm_product(w, x[:rows], None, rand(64), EPS)
+        assert ran == [1, 1, 1]
+
+    @pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the tests above run the assembly")
+    def test_products_of_the_assembly_agree(self, weight, monkeypatch) -> None:
+        """Emulated, two warps: what is wanted of tensor cores' products is their diagonals."""
+        monkeypatch.setattr(tl, "inline_asm_elementwise", inline_asm_elementwise)
+        monkeypatch.setattr(eight_bit_streamed_triton, "_assembly_for", lambda _: eight_bit_streamed_triton.assembly())
+        tile = StreamedTile(pairs=2, chunks=1, warps=2, programs=2, steps=1)
+        for kind in ("token", "blocks"):
+            x = torch.randn(2, 1008, generator=torch.Generator().manual_seed(1))
+            w = weight(FP8, 7, 1008, **self.KINDS[kind])
+            y, _ = streamed(w, x, None, tile=tile)
+            torch.testing.assert_close(y, eight_bit.product(w, x), rtol=1e-5, atol=1e-4)

@@ -295,7 +295,7 @@ def context(config: dict[str, Any]) -> QuantizationContext:
         ({**BLOCKS, "weight_block_size": [128]}, r"weight_block_size is \[128\]"),
         ({**BLOCKS, "weight_block_size": [True, 128]}, r"weight_block_size is \[True, 128\]"),
         ({**BLOCKS, "activation_scheme": "none"}, "activation_scheme is 'none'; supported is 'dynamic' or 'static'"),
-        ({**BLOCKS, "fmt": "e5m2"}, "fmt is 'e5m2'; supported is 'e4m3' or null"),
+        ({**BLOCKS, "fmt": "e5m2"}, "fmt is 'e5m2'; supported is 'e4m3' or 'float8_e4m3fn' or null"),
         ({**BLOCKS, "scale_fmt": "ue8m0"}, "scale_fmt is 'ue8m0'; supported is 'float'"),
         ({**BLOCKS, "dequantize": True}, "dequantize is true; supported is false"),
         ({**BLOCKS, "modules_to_convert": ["model.embed_tokens"]}, "modules_to_convert is "),

@@ -110,7 +110,8 @@ class EightBitLinear(LinearMethod):
         cuts = [shard.target[0] for shard in shards] if len(shards) > 1 else [slice(0, len(weight))]  # with padding
         parts = [shard.part for shard in shards]
         scale, rows, columns = self._merged(layer, weight, parts, cuts)
-        whole = EightBit(weight, scale, rows, columns, self.scheme.inputs)
+        streamed = layer.ops.kernels.has("eight_bit_streamed")
+        whole = EightBit(weight, scale, rows, columns, self.scheme.inputs, streamed=streamed)
         given = [self._of_inputs(layer, part) for part in parts]
         if len({None if each is None else float(each) for each in given}) == 1:
             self._weights = (self._with(whole, given[0]),)

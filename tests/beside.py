@@ -44,6 +44,25 @@ def longest_first(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: place.get(item.path, len(LONGEST)))
 
 
+def halve(items: list[pytest.Item]) -> None:
+    """Of each test marked `half` keeps every other combination of its parameters (three or more), as on the white
+    fields of a chess board: any two values of two parameters still meet."""
+    seen: dict[tuple[str, int], list[str]] = {}  # (test, parameter) -> its values so far
+
+    def is_kept(item: pytest.Item) -> bool:
+        if not item.get_closest_marker("half"):
+            return True
+        total = 0
+        for place, value in enumerate(item.callspec._idlist):  # type: ignore[attr-defined]
+            values = seen.setdefault((item.nodeid.partition("[")[0], place), [])
+            if value not in values:
+                values.append(value)
+            total += values.index(value)
+        return total % 2 == 0
+
+    items[:] = [item for item in items if is_kept(item)]
+
+
 class Turns:
     """In each worker: a test marked `alone` runs while no other test does.
 

@@ -70,6 +70,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if hasattr(config, "workerinput"):
         beside.longest_first(items)
     devices = torch.cuda.device_count()
+    if not devices:
+        beside.halve(items)
     left_out = [mark for mark in OWN_RUNS if mark not in config.option.markexpr]
     for item in items:
         for mark in left_out:

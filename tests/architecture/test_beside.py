@@ -6,6 +6,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from itertools import combinations, product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -79,3 +80,20 @@ def test_long_files_come_first_and_their_tests_in_order(monkeypatch: pytest.Monk
     monkeypatch.setattr(beside, "LONGEST", ("cli/test_gone.py",))
     with pytest.raises(pytest.UsageError, match=r"LONGEST names files that are not there: cli/test_gone\.py"):
         beside.longest_first(items)
+
+
+def test_half_of_the_combinations_hold_any_two_values() -> None:
+    axes = [["a", "b", "c"], ["x", "y"], ["1", "2", "3", "4"]]
+    items: Any = [
+        SimpleNamespace(
+            nodeid=f"test[{each}]",
+            callspec=SimpleNamespace(_idlist=each),
+            get_closest_marker=lambda name: name == "half",
+        )
+        for each in product(*axes)
+    ]
+    beside.halve(items)
+    kept = [item.callspec._idlist for item in items]
+    assert len(kept) == 12
+    for one, other in combinations(range(3), 2):
+        assert {(each[one], each[other]) for each in kept} == set(product(axes[one], axes[other]))

@@ -133,14 +133,13 @@ def of_qkv(
     return torch.empty(0) if out is None else out, backend._kv[0, :, 1:]  # the dummy block holds whatever came last
 
 
-@pytest.mark.parametrize("norm", [True, False])
 @pytest.mark.parametrize(
-    "tried",
+    ("tried", "norm"),
     [
-        case([(1, 40)], heads=2, kv_heads=1),
-        case([(1, 30), (1, 3), (1, 17)], padded_rows=2),
-        case([(1, 33), (1, 9)], window=9),
-        case([(1, 40), (1, 90)], with_sinks=True),
+        (case([(1, 40)], heads=2, kv_heads=1), True),
+        (case([(1, 30), (1, 3), (1, 17)], padded_rows=2), False),
+        (case([(1, 33), (1, 9)], window=9), False),
+        (case([(1, 40), (1, 90)], with_sinks=True), True),
     ],
     ids=["held", "padded", "window", "sinks"],
 )
@@ -170,7 +169,7 @@ class LeavesAll(TritonPaged):
         return None
 
 
-ROWS = [(1, 300), (1, 3), (9, 9), (20, 45), (33, 90)]
+ROWS = [(1, 130), (1, 3), (9, 9), (20, 45)]
 
 
 @pytest.mark.parametrize(

@@ -201,17 +201,25 @@ FAULTS: dict[str, Callable[[Patch], None]] = {
 }
 
 
+NINE: dict[str, Any] = {"asked": prompts(9, shortest=3, longest=20), "params": mixed_params(9)}
+LITTLE = {"max_num_batched_tokens": 32, "max_num_seqs": 6}
+
+
+@pytest.fixture(scope="module")
+def answers_of_nine(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
+    """With enough memory."""
+    return run(tmp_path_factory.mktemp("whole"), LITTLE, **NINE)[0]
+
+
 @pytest.mark.parametrize("overlap", [True, False])
 @pytest.mark.parametrize("fault", FAULTS)
-def test_wherever_memory_runs_out(tmp_path: Path, monkeypatch: Patch, fault: str, overlap: bool) -> None:
+def test_wherever_memory_runs_out(
+    tmp_path: Path, monkeypatch: Patch, answers_of_nine: list[Any], fault: str, overlap: bool
+) -> None:
     """Whatever the slots hold then: they are written anew, counts of tokens too."""
-    asked = prompts(9, shortest=3, longest=20)
-    params = mixed_params(9)
-    options = {"max_num_batched_tokens": 32, "max_num_seqs": 6, "overlap": overlap}
-    whole, _ = run(tmp_path, options, asked, params)
     FAULTS[fault](monkeypatch)
-    again, stats = run(tmp_path, options, asked, params)
-    assert again == whole
+    again, stats = run(tmp_path, LITTLE | {"overlap": overlap}, **NINE)
+    assert again == answers_of_nine
     assert stats.steps_withdrawn > 1
     assert stats.preemptions == stats.steps_broken == 0
 

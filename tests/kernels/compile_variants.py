@@ -5,7 +5,7 @@ compiled, and how many were. Triton must not be interpreting. --all: every varia
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import product
 from typing import Any
@@ -55,6 +55,12 @@ HIDDEN, INNER = 4096, 12288
 Launch = tuple[str, Callable[[], Any]]
 
 
+def either(number: int, every: bool) -> Sequence[tuple[int, int, str | None]]:
+    """(outputs, inputs, gate) of an MLP's two products: both, or one, each for two of four launches."""
+    products = ((2 * INNER, HIDDEN, "silu"), (HIDDEN, INNER, None))
+    return products if every else (products[number.bit_count() % 2],)
+
+
 def eight_bit(every: bool) -> Iterator[Launch]:
     from nanoengine.kernels import eight_bit_triton
     from nanoengine.kernels.eight_bit import EightBit
@@ -62,8 +68,8 @@ def eight_bit(every: bool) -> Iterator[Launch]:
     fp8, int8 = torch.float8_e4m3fn, torch.int8
     kinds = [(fp8, "token", 1, 0), (fp8, "group", 128, 128), (int8, "plain", 1, 0), (int8, "token", 1, 0)]
     kinds += [(fp8, "plain", 1, 0), (fp8, "tensor", 1, 0), (fp8, "plain", 128, 128), (int8, "group", 1, 128)] * every
-    for (dtype, inputs, high, wide), rows in product(kinds, (1, 8, 64, 256) if every else (1, 64)):
-        for n, k, gate in ((2 * INNER, HIDDEN, "silu"), (HIDDEN, INNER, None)):
+    for number, ((dtype, inputs, high, wide), rows) in enumerate(product(kinds, (1, 8, 64, 256) if every else (1, 64))):
+        for n, k, gate in either(number, every):
             scale = rand(-(-n // high), -(-k // (wide or k)), dtype=torch.float32)
             static = rand(1, dtype=torch.float32) if inputs == "tensor" else None
             w = EightBit(rand(n, k, dtype=dtype), scale, high, wide or k, inputs, static, streamed=rows == 1)  # type: ignore[arg-type]
@@ -80,8 +86,8 @@ def int4(every: bool) -> Iterator[Launch]:
     from nanoengine.kernels.int4 import Int4Weight
 
     all_rows, groups = ((1, 16, 64, 256, 300), (128, 64, 32)) if every else ((1, 64, 256), (128,))
-    for rows, group, zeros in product(all_rows, groups, (True, False)):
-        for n, k, gate in ((2 * INNER, HIDDEN, "silu"), (HIDDEN, INNER, None)):
+    for number, (rows, group, zeros) in enumerate(product(all_rows, groups, (True, False))):
+        for n, k, gate in either(number, every):
             zero = rand(n, k // group, dtype=torch.uint8) if zeros else None
             codes, scales = rand(n, k // 2, dtype=torch.uint8), rand(n, k // group, dtype=torch.float16)
             w, x = Int4Weight(codes, scales, zero, group), rand(rows, k)

@@ -100,6 +100,7 @@ def test_several_programs_quantise_a_long_row(rand, weight, assert_close, normed
     assert (off <= expected.float().abs() / 7 + 1).all()
 
 
+@pytest.mark.half
 @pytest.mark.filterwarnings("ignore:invalid value encountered")
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @kinds
@@ -114,6 +115,7 @@ def test_what_is_not_finite_is_seen_in_its_row_alone(rand, weight, kind, value) 
             torch.testing.assert_close(y[0], clean[0], rtol=0.02, atol=0.05)  # tensor cores keep 14 bits of a sum
 
 
+@pytest.mark.half
 @kinds
 @pytest.mark.parametrize("rows", [2, 20])
 @pytest.mark.parametrize(("gate", "with_bias", "with_add"), [(None, True, True), ("silu", True, False)])
@@ -129,6 +131,7 @@ def test_product_agrees(rand, weight, assert_close, kind, rows, gate, with_bias,
     assert_close(y, expected, bound=rounded(x.dtype) if w.inputs != "plain" else None)
 
 
+@pytest.mark.half
 @kinds
 @pytest.mark.parametrize("rows", [1, 9])
 def test_norm_product_agrees(rand, weight, assert_close, kind, rows) -> None:

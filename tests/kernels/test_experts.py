@@ -88,6 +88,7 @@ def integers(
     return Case((x, ids, weights, gate_up, down), biases)
 
 
+@pytest.mark.half
 @pytest.mark.parametrize("kernel", ROUTES.values(), ids=ROUTES)
 @pytest.mark.parametrize(
     ("kind", "sizes", "many"),
@@ -111,6 +112,7 @@ def test_agrees_to_the_bit(device, dtype, kernel, kind, sizes, many) -> None:
         assert torch.equal(case.run(kernel, add=add), want)
 
 
+@pytest.mark.half
 @pytest.mark.parametrize("kernel", ROUTES.values(), ids=ROUTES)
 @pytest.mark.parametrize(("activation", "with_bias"), [("silu", False), ("gelu_tanh", True), ("swiglu_clamped", True)])
 def test_agrees(rand, assert_close, device, kernel, activation, with_bias) -> None:

@@ -43,6 +43,7 @@ def rand(rand, device, dtype):
     return rand
 
 
+@pytest.mark.half
 @pytest.mark.parametrize("rows", [1, 9])
 @pytest.mark.parametrize("kind", KINDS)
 def test_products_agree(rand, assert_close, device, kind, rows) -> None:

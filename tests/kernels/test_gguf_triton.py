@@ -21,6 +21,7 @@ def blocks_of(kind: str, rows: int, width: int, device: torch.device) -> torch.T
     return torch.from_numpy(random_blocks(kind, rows, width)).to(device)
 
 
+@pytest.mark.half
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("rows", [0, 1, 2, 17])
 def test_products_agree(rand, assert_close, device, kind, rows) -> None:
@@ -30,6 +31,7 @@ def test_products_agree(rand, assert_close, device, kind, rows) -> None:
     assert_close(gguf_triton.gguf_linear(x, planar(blocks, kind), kind, bias), expected)
 
 
+@pytest.mark.half
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("gate", [None, "silu"])
 @pytest.mark.parametrize("with_residual", [False, True])

@@ -51,6 +51,7 @@ def test_norm_agrees(rand, assert_close, rows, with_residual) -> None:
     assert_close(y, expected)
 
 
+@pytest.mark.half
 @pytest.mark.parametrize("with_norm", [False, True])
 @pytest.mark.parametrize("gate", [None, "silu", "gelu_tanh"])
 @pytest.mark.parametrize(

@@ -155,6 +155,7 @@ def test_store(dtype: torch.dtype, device: torch.device) -> None:
     assert torch.equal(batch.k_cache[1:], want[0][1:].nan_to_num(0))
 
 
+@pytest.mark.half
 @pytest.mark.parametrize("splits", [1, 4])
 @pytest.mark.parametrize(
     "shape",
@@ -171,6 +172,7 @@ def test_decode(shape: Shape, splits: int, dtype: torch.dtype, device: torch.dev
     agree(batch.decode(small(splits)), batch.want())
 
 
+@pytest.mark.half
 @pytest.mark.parametrize(
     ("held", "splits", "norm"), [(True, 1, True), (False, 4, True), (True, 4, False), (False, 1, False)]
 )
@@ -219,6 +221,7 @@ def test_decode_of_qkv(
 RAGGED = [(5, 70), (1, 1), (0, 0), (3, 3), (4, 33), (5, 17), (1, 48), (0, 0)]
 
 
+@pytest.mark.half
 @pytest.mark.parametrize("splits", [1, 4])
 @pytest.mark.parametrize(
     ("shape", "block_m"),

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
+from typing import Any
 
+import gguf
 import pytest
 import torch
 from gguf_expanded import expanded_tensors
@@ -36,14 +39,25 @@ def test_tokenizer(smollm2_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_weights_equal_transformers_own_loader(smollm2_path: Path, smollm2_gguf: Path) -> None:
+def test_weights_equal_transformers_own_loader(
+    smollm2_path: Path, smollm2_gguf: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All names; the values of three layers and of what is in no layer, as its loader takes half a second a layer."""
+    read = gguf.GGUFReader.__init__
+
+    def some(self: Any, *given: Any) -> None:
+        read(self, *given)
+        self.tensors = [each for each in self.tensors if not re.match(r"blk\.(?!(0|13|29)\.)", each.name)]
+
+    monkeypatch.setattr(gguf.GGUFReader, "__init__", some)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(smollm2_path))
     theirs = load_gguf_checkpoint(str(smollm2_gguf), return_tensors=True, model_to_load=model)["tensors"]
     ours = expanded_tensors(smollm2_path)
     assert len(ours) == 272
-    assert ours.keys() == theirs.keys()
-    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+    assert ours.keys() == model.state_dict().keys() - {"lm_head.weight"}
+    assert len(theirs) == 3 * 9 + 2
+    assert [name for name in theirs if not torch.equal(ours[name], theirs[name])] == []
 
 
 @pytest.mark.slow

@@ -49,10 +49,14 @@ def import_triton() -> None:
 
 
 def _remember_members(interpreter: Any) -> None:
-    """Each launch asks for all members of `triton.language`, a seventh of a launch's time: they stay as they are."""
+    """Each launch asks for all members of `triton.language` to find its built-in functions, a seventh of the launch's
+    time: their names are remembered. What is under a name is not, as a test may replace it."""
+    names = functools.cache(
+        lambda owner: [name for name, member in inspect.getmembers(owner) if interpreter.tl.core.is_builtin(member)]
+    )
     mine = ModuleType("inspect")
     mine.__dict__.update(inspect.__dict__)
-    mine.getmembers = functools.cache(inspect.getmembers)  # type: ignore[attr-defined]
+    mine.__dict__["getmembers"] = lambda owner: [(name, getattr(owner, name)) for name in names(owner)]
     interpreter.inspect = mine
 
 

@@ -16,6 +16,12 @@ def on_device(device: torch.device) -> AbstractContextManager[object]:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
+def current_stream(device: torch.device) -> torch.cuda.Stream | None:
+    """The calling thread's stream of this GPU; None: it is no GPU. By the device's number, which saves the host ten
+    microseconds that torch takes to find it."""
+    return torch.cuda.current_stream(device.index) if device.type == "cuda" else None
+
+
 def empty_cache(device: torch.device) -> None:
     """Give back what torch's allocator keeps for later."""
     if device.type == "cuda":

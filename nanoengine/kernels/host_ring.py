@@ -10,6 +10,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from nanoengine.kernels.device import current_stream
+
 TURNS = 8  # a power of two: kernels take a turn modulo it
 
 
@@ -43,11 +45,12 @@ class AnswerRing(HostRing):
 
     def __init__(self, width: int, device: torch.device) -> None:
         super().__init__((3, width), device)
+        self._device = device
         self._arrived = [torch.cuda.Event() for _ in self.views]  # type: ignore[no-untyped-call]
 
     def launched(self, turn: int) -> tuple[npt.NDArray[np.int32], torch.cuda.Event]:
         """[3, W] of the step that is launched by now, and the event behind which it is there."""
-        self._arrived[turn].record()
+        self._arrived[turn].record(current_stream(self._device))
         return self.views[turn], self._arrived[turn]
 
 
@@ -65,15 +68,16 @@ class CopiedBeside:
         self._sent = torch.full(shape, value, dtype=torch.int32, pin_memory=on_gpu)
         self.host: npt.NDArray[np.int32] = self._sent.numpy()
         self.stream = torch.cuda.Stream(device) if on_gpu else None  # type: ignore[no-untyped-call]
+        self._device = device
         self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
 
     def send(self, rows: int) -> None:
         """Copy the first rows, without waiting. What is launched from here on finds them. Nothing that reads or
         writes `there` may be running."""
-        if self.stream is None:
+        here = current_stream(self._device)
+        if here is None or self.stream is None:
             self.there[:rows].copy_(self._sent[:rows], non_blocking=True)
             return
-        here = torch.cuda.current_stream()  # asked for once: each time takes some microseconds
         torch.cuda.set_stream(self.stream)
         try:
             self.there[:rows].copy_(self._sent[:rows], non_blocking=True)

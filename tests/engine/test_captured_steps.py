@@ -100,7 +100,7 @@ def captured(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
         seen[f"tail {kind}"] += tail is not None
         return original(self, size, tail)
 
-    event = SimpleNamespace(record=lambda: None, synchronize=lambda: None, query=lambda: True)
+    event = SimpleNamespace(record=lambda stream: None, synchronize=lambda: None, query=lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
     monkeypatch.setattr(torch.cuda, "Event", lambda: event)

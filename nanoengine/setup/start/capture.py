@@ -152,8 +152,8 @@ class _Capture:
             _log.info("kernels are compiled one by one: %s", described(error))
 
     def run_once(self, sizes: Sequence[StepSize] | None = None, kinds: Sequence[int] | None = None) -> None:
-        """Runs each pass and each tail, or those of these sizes and kinds, with dummy rows: what is made at first use
-        is then not made in a capture."""
+        """Runs each pass and each tail, also behind a mask, or those of these sizes and kinds, with dummy rows: what is
+        made at first use is then not made in a capture."""
         graphs, tried = self._graphs, set[Hashable]()
         for size in self.sizes if sizes is None else sizes:
             logits = graphs.run(size)
@@ -161,7 +161,8 @@ class _Capture:
                 key = (size.rows, size.plain, size.query_len, kind)  # kernels of tails depend on nothing else
                 if key not in tried:
                     self._run_tail(size, kind, logits)
-                    if size.logits <= MASKED_DRAWS and self._finish.tp.size == 1 and (kind, "masked") not in tried:
+                    few = kinds is None and size.logits <= MASKED_DRAWS and self._finish.tp.size == 1
+                    if few and (kind, "masked") not in tried:
                         self._run_tail(size, kind, logits, masked=True)
                         tried.add((kind, "masked"))
                 tried.add(key)

@@ -79,6 +79,25 @@ def test_a_text_that_the_tokenizer_would_change_is_written_as_it_is(normalizer: 
         assert bytes(ids).decode() == text
 
 
+@pytest.mark.parametrize("text", ["▁", "a▁▁{", " ▁x", "▁ "])
+def test_the_character_that_is_a_space_in_sentencepiece_is_written_by_its_bytes(text: str) -> None:
+    tokenizer = sentencepiece()
+    made = backend(tokenizer)
+    assert made._literal(f"{text}{END}{text}") == f'"{text}" <[{tokenizer.token_to_id(END)}]> "{text}"'  # of a tag
+    grammar = made.compile(Constraint(kind="choice", text=json.dumps([text])))
+    matcher, together, ids, row = grammar.matcher(), [grammar.matcher()], list[int](), np.empty((1, 10), np.int32)
+    while not matcher.is_accepting:
+        type(matcher).advance(together, ids[-1:] or [None], row)
+        allowed = mask_of(matcher, 320)
+        assert {i for i in range(320) if row[0, i // 32] >> i % 32 & 1} == allowed
+        ids.append(min(allowed))
+        assert matcher.consume(ids[-1:]) == 1, (text, ids)
+    assert "".join(map(tokenizer.id_to_token, ids)).replace("▁", " ").replace("<0xE2><0x96><0x81>", "▁") in (
+        text,
+        text.replace("x", "<0x78>"),
+    )
+
+
 def test_only_normalizers_that_write_a_space_are_kept() -> None:
     found = sentencepiece()
     assert with_unchanged_text(found.to_str()) == found.to_str()

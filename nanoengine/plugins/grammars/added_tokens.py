@@ -1,7 +1,9 @@
-"""Corrects masks of llguidance that have a special or added token, or an id without a token, where text must come.
+"""Corrects masks of llguidance that have a special or added token, an id without a token, or a space, where other text
+must come.
 
 Where only one text can follow, llguidance allows the first token that the tokenizer makes of it. Of "<s>" that is often
-a token of that name, which is no text, and which llguidance then refuses. And a grammar in Lark's notation can name
+a token of that name, which is no text, and which llguidance then refuses; of U+2581, with which SentencePiece writes a
+space, it is that space. And a grammar in Lark's notation can name
 ids: `<[*]>` has those of the padded vocabulary, too.
 """
 
@@ -15,6 +17,7 @@ from llguidance import LLMatcher, LLTokenizer
 
 from nanoengine.api.grammars import only_id
 
+_SPACE = "\u2581"
 _LONGEST = 64  # characters of a text that must follow; an added token is shorter
 
 
@@ -30,9 +33,18 @@ class AddedTokens:
         self._words = (bits | ends).nonzero()[0]
         self._special, self._padded = bits[self._words], _bits(padded, tokenizer.vocab_size)[self._words]
         self._inside, self._any = self._special & ~ends[self._words], self._special | ends[self._words]
+        self._is_space = tokenizer.decode_bytes(tokenizer.tokenize_str(_SPACE)) != _SPACE.encode()
 
-    def correct(self, matcher: LLMatcher, mask: npt.NDArray[np.int32]) -> None:
+    def may_be_space(self, grammar: str) -> bool:
+        """Whether this text of a grammar may have U+2581, and the tokenizer makes a space of it: then `correct` is to
+        look at each mask."""
+        return self._is_space and (_SPACE in grammar or f"{ord(_SPACE):x}" in grammar)
+
+    def correct(self, matcher: LLMatcher, mask: npt.NDArray[np.int32], *, each: bool = False) -> None:
         """Changes the mask, int32 [ceil(vocab_size / 32)], that llguidance has computed for this matcher."""
+        if each and not matcher.is_error():
+            self._correct(matcher, mask)
+            return
         found = mask[self._words] & self._special
         if found.any() and not (matcher.is_accepting() and not (found & self._inside).any()):  # most often not
             self._correct(matcher, mask)
@@ -66,9 +78,9 @@ class AddedTokens:
         return rows
 
     def _beginnings(self, text: str) -> list[int]:
-        """Tokens that are text, and with which this one begins."""
+        """Tokens that are text, and with which this one begins: also the first byte of a character without a token."""
         each = [self._tokenizer.greedy_tokenize(text[:end]) for end in range(1, min(len(text), _LONGEST) + 1)]
-        return [ids[0] for ids in each if len(ids) == 1]
+        return [ids[0] for end, ids in enumerate(each, 1) if len(ids) == 1 or end == 1]
 
 
 def _bits(ids: Iterable[int], vocab_size: int) -> npt.NDArray[np.int32]:

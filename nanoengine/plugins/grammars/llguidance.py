@@ -54,7 +54,7 @@ class LLGuidance(GrammarBackend):
             matcher.compute_bitmask()  # its lexer makes states when they are first needed: now, not in a step
         if matcher.is_error():
             raise GrammarError(_refusal(constraint, _first_part(matcher.get_error())))
-        return _Grammar(matcher, self._executor, self._added)
+        return _Grammar(matcher, self._executor, self._added, self._added.may_be_space(constraint.text))
 
     def _source(self, constraint: Constraint) -> str:
         try:
@@ -138,36 +138,38 @@ class LLGuidance(GrammarBackend):
 
     def _literal(self, text: str) -> str:
         """The text in Lark: special tokens as their ids, other text quoted."""
-        parts, plain = [], b""
-        for token in self._ids(text):
-            if not self._tokenizer.is_special_token(token):
-                plain += self._tokenizer.decode_bytes([token])
-                continue
-            parts += [_quoted(plain.decode()), f"<[{token}]>"]
-            plain = b""
-        return " ".join(part for part in [*parts, _quoted(plain.decode())] if part)
+        parts = []
+        for token in filter(self._tokenizer.is_special_token, self._ids(text)):
+            plain, _, text = text.partition(self._tokenizer.decode_str([token]))
+            parts += [_quoted(plain), f"<[{token}]>"]
+        return " ".join(part for part in [*parts, _quoted(text)] if part)
 
     def _ids(self, text: str) -> list[int]:
         return self._tokenizer.tokenize_str(text, parse_special=True)
 
 
 class _Grammar(Grammar):
-    def __init__(self, start: LLMatcher, executor: LLExecutor | None, added: AddedTokens) -> None:
-        self._start, self._executor, self._added, self._lock = start, executor, added, threading.Lock()
+    def __init__(self, start: LLMatcher, executor: LLExecutor | None, added: AddedTokens, spaces: bool) -> None:
+        self._start, self._executor, self._lock = start, executor, threading.Lock()
+        self._added, self._spaces = added, spaces
 
     def matcher(self) -> Matcher:
         with self._lock:
-            return _Matcher(self._start.deep_copy(), self._executor, self._added)
+            return _Matcher(self._start.deep_copy(), self._executor, self._added, self._spaces)
 
 
 class _Matcher(Matcher):
     def __init__(
-        self, matcher: LLMatcher, executor: LLExecutor | None = None, added: AddedTokens | None = None
+        self,
+        matcher: LLMatcher,
+        executor: LLExecutor | None = None,
+        added: AddedTokens | None = None,
+        spaces: bool = False,
     ) -> None:
         """executor: threads that compute masks of several matchers; None: there are no cores for them.
 
-        added: corrects masks; None: they stay as they are."""
-        self._matcher, self._executor, self._added = matcher, executor, added
+        added: corrects masks; None: they stay as they are. spaces: each one is to be looked at."""
+        self._matcher, self._executor, self._added, self._spaces = matcher, executor, added, spaces
 
     def consume(self, token_ids: Sequence[int]) -> int:
         taken = int(self._matcher.try_consume_tokens(list(token_ids)))
@@ -184,7 +186,7 @@ class _Matcher(Matcher):
         self._matcher.unsafe_compute_mask_ptr(out.__array_interface__["data"][0], out.nbytes)  # quicker than out.ctypes
         self._check()
         if self._added is not None:
-            self._added.correct(self._matcher, out)
+            self._added.correct(self._matcher, out, each=self._spaces)
 
     @classmethod
     def advance(cls, matchers: Sequence[Self], token_ids: Sequence[int | None], out: npt.NDArray[np.int32]) -> Advanced:
@@ -201,6 +203,9 @@ class _Matcher(Matcher):
                 refused += _advance_others(executor, own, token_ids, out, done)
                 break
         failed, complete, added = {i: _error_of(own[i]) for i in refused}, list[int](), matchers[0]._added
+        for i, each in enumerate(matchers):
+            if each._spaces and each._added is not None:
+                each._added.correct(own[i], out[i], each=True)
         for i in range(len(own)) if added is None else added.correct_each(own, out):
             if own[i].is_error():
                 failed.setdefault(i, _failure(own[i]))

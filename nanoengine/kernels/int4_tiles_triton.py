@@ -28,6 +28,8 @@ from nanoengine.kernels.gguf_fragments_triton import sums_of_rows
 from nanoengine.kernels.int4 import Int4Weight
 from nanoengine.kernels.int4_product import Int4Product
 from nanoengine.kernels.matmul import Scaled
+from nanoengine.kernels.matvec_parts_triton import load_if
+from nanoengine.kernels.norm_parts_triton import prepare_norm
 from nanoengine.kernels.pdl_triton import release_dependents, wait_for_inputs
 from nanoengine.kernels.split_k_triton import load_around, write_tile
 
@@ -247,9 +249,9 @@ def _tiles_kernel(
     zero = tl.zeros((32 * WARPS,), tl.float32)
     four = (zero, zero, zero, zero)
     for unit in range(first, UNITS, PROGRAMS):
-        around = load_around(
-            unit, t, bias_ptr, add_ptr, next_ptr, rows, add_stride, N, BLOCK_N, GATED, HAS_BIAS, HAS_ADD, NEXT
-        )
+        around = load_around(unit, t, bias_ptr, add_ptr, rows, add_stride, N, BLOCK_N, GATED, HAS_BIAS, HAS_ADD)
+        n = (unit * BLOCK_N + tl.arange(0, BLOCK_N))[:, None]
+        next_weight = load_if(NEXT, next_ptr + n, n < N)
         behind_tile, behind_other = _tiles_of(unit + PROGRAMS, N, GATED)
         if PDL and FAR and UNITS > PROGRAMS:
             a, b = words_ptr + behind_tile.to(tl.int64) * row, words_ptr + behind_other.to(tl.int64) * row
@@ -274,10 +276,9 @@ def _tiles_kernel(
             acc *= 0.25  # four threads have the same
         if SQUARES > 0:
             acc *= tl.reshape(tl.rsqrt(tl.sum(squares, 0) / K + eps), t.shape)
-        write_tile(
-            acc, unit, t, around, y_ptr, scaled_ptr, sums_ptr, rows, y_stride,
-            N, BLOCK_T, BLOCK_N, GATED, ACTIVATION, NEXT,
-        )  # fmt: skip
+        y, to, mask = write_tile(acc, unit, t, around, y_ptr, rows, y_stride, N, BLOCK_T, BLOCK_N, GATED, ACTIVATION)
+        if NEXT:
+            prepare_norm(y, next_weight, scaled_ptr + to, sums_ptr + unit * rows + t, t, mask, rows)
 
 
 @dataclass(frozen=True, slots=True)

@@ -61,32 +61,27 @@ def join_parts(part_ptr, ticket_ptr, SPLITS: tl.constexpr, WIDTH: tl.constexpr, 
 
 @triton.jit
 def load_around(
-    tile, t, bias_ptr, add_ptr, next_ptr, rows, add_stride,
-    N: tl.constexpr, BLOCK_N: tl.constexpr, GATED: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_ADD: tl.constexpr, NEXT: tl.constexpr,
+    tile, t, bias_ptr, add_ptr, rows, add_stride,
+    N: tl.constexpr, BLOCK_N: tl.constexpr, GATED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_ADD: tl.constexpr,
 ):  # fmt: skip
     """What stands around the sums of a tile and the tokens t [1, BLOCK_T], in float32: biases, those of ups, what is
-    added, the weight of the norm behind it. 0 where there is none."""
+    added. 0 where there is none."""
     n = (tile * BLOCK_N + tl.arange(0, BLOCK_N))[:, None]
     bias, up = load_if(HAS_BIAS, bias_ptr + n, n < N), load_if(HAS_BIAS and GATED, bias_ptr + N + n, n < N)
-    extra = load_if(HAS_ADD, add_ptr + t.to(tl.int64) * add_stride + n, (n < N) & (t < rows))
-    return bias, up, extra, load_if(NEXT, next_ptr + n, n < N)
+    return bias, up, load_if(HAS_ADD, add_ptr + t.to(tl.int64) * add_stride + n, (n < N) & (t < rows))
 
 
 @triton.jit
 def write_tile(
-    acc, tile, t, around, y_ptr, scaled_ptr, sums_ptr, rows, y_stride,
+    acc, tile, t, around, y_ptr, rows, y_stride,
     N: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr,
-    NEXT: tl.constexpr,
 ):  # fmt: skip
     """What follows the sums of a tile, which are normalised already, and the tokens t [1, BLOCK_T]. around: of
-    `load_around`."""
+    `load_around`. Returns what was stored, where, and the mask."""
     n = (tile * BLOCK_N + tl.arange(0, BLOCK_N))[:, None]
     mask, to = (n < N) & (t < rows), t.to(tl.int64) * y_stride + n
     y, up = halves(acc, BLOCK_N, BLOCK_T, GATED)
-    y = finish(y, up, around[0], around[1], around[2], y_ptr + to, mask, GATED, ACTIVATION)
-    if NEXT:
-        prepare_norm(y, around[3], scaled_ptr + to, sums_ptr + tile * rows + t, t, mask, rows)
+    return finish(y, up, around[0], around[1], around[2], y_ptr + to, mask, GATED, ACTIVATION), to, mask
 
 
 @triton.jit
@@ -100,15 +95,14 @@ def finish_tile(
     """What follows the sums of the tokens t [BLOCK_T]. SQUARES: parts of the sum of squares by which a token is
     normalised; 0: it is not."""
     tile, t = tl.program_id(0), t[None, :]
-    around = load_around(
-        tile, t, bias_ptr, add_ptr, next_ptr, rows, add_stride, N, BLOCK_N, GATED, HAS_BIAS, HAS_ADD, NEXT
-    )
     if SQUARES > 0:
         acc *= norm_scale(squares_ptr, t, rows, SQUARES, PARTS, K, eps)
-    write_tile(
-        acc, tile, t, around, y_ptr, scaled_ptr, sums_ptr, rows, y_stride,
-        N, BLOCK_T, BLOCK_N, GATED, ACTIVATION, NEXT,
-    )  # fmt: skip
+    around = load_around(tile, t, bias_ptr, add_ptr, rows, add_stride, N, BLOCK_N, GATED, HAS_BIAS, HAS_ADD)
+    y, to, mask = write_tile(acc, tile, t, around, y_ptr, rows, y_stride, N, BLOCK_T, BLOCK_N, GATED, ACTIVATION)
+    if NEXT:
+        n = (tile * BLOCK_N + tl.arange(0, BLOCK_N))[:, None]
+        weight = tl.load(next_ptr + n, mask=n < N, other=0.0).to(tl.float32)
+        prepare_norm(y, weight, scaled_ptr + to, sums_ptr + tile * rows + t, t, mask, rows)
 
 
 def tickets_on(device: torch.device) -> Tensor:

@@ -12,7 +12,13 @@ from nanoengine.api.attention import AttentionCapabilities, BatchLimits, GraphSu
 from nanoengine.core.execution.graphs import CaptureSizes
 from nanoengine.core.execution.step_inputs import StepSize
 from nanoengine.params.engine_options import EngineOptions
-from nanoengine.setup.start.graph_sizes import GRAPH_RESERVE_BYTES, capture_sizes, decode_sizes, reserve_bytes
+from nanoengine.setup.start.graph_sizes import (
+    GRAPH_RESERVE_BYTES,
+    capture_sizes,
+    decode_sizes,
+    first_sizes,
+    reserve_bytes,
+)
 from nanoengine.setup.start.memory import batch_limits
 
 
@@ -35,6 +41,12 @@ def captured(
     backend = AttentionCapabilities(devices=frozenset({"cuda"}), graphs=graphs, decode_queries=decode_queries)
     given = EngineOptions(**{"device": "cuda", **options})
     return capture_sizes(given, limits, backend, fused=fused, tail=True, drafts=drafts)
+
+
+@pytest.mark.parametrize("mixed", [True, False])
+def test_kernels_of_the_first_steps_are_compiled_ahead(mixed: bool) -> None:
+    sizes = sorted(captured(graph_mixed_steps=mixed).sizes, key=lambda size: (-size.tokens, size))
+    assert first_sizes(sizes) == [StepSize(1), *[StepSize(64, 128)] * mixed, StepSize(64)]
 
 
 def test_each_kind_of_graph_can_be_switched_off() -> None:

@@ -20,6 +20,7 @@ from nanoengine.core.execution.runner import ModelRunner
 from nanoengine.core.execution.step_inputs import StepSize
 from nanoengine.kernels.compile_ahead import compiling_ahead
 from nanoengine.kernels.device import empty_cache
+from nanoengine.setup.start.graph_sizes import first_sizes
 from nanoengine.setup.start.release import free_unused
 
 _log = logging.getLogger(__name__)
@@ -89,12 +90,6 @@ def _compile_ahead(capture: _Capture, *, later: bool, largest: Callable[[], None
 
     capture.compile_ahead(run)
     empty_cache(capture.device)
-
-
-def first_sizes(sizes: Sequence[StepSize]) -> Sequence[StepSize]:
-    """What an engine's first steps are likely to be: a prompt, and one row. sizes: the smallest last."""
-    mixed = [size for size in sizes if size.decode_rows and size.prefill_tokens]
-    return [sizes[-1], *mixed[-1:]]
 
 
 class _Attempts:

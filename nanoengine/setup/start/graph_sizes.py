@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -67,6 +68,14 @@ def capture_sizes(
     if inputs and options.graph_mixed_steps:
         sizes += mixed_sizes(limits.max_rows, limits.max_tokens)
     return CaptureSizes(sizes, inputs=inputs, tail=tail and options.fuse_sampling)
+
+
+def first_sizes(sizes: Sequence[StepSize]) -> Sequence[StepSize]:
+    """What an engine's first steps are likely to be: a short prompt, one row, and the most rows, whose memory is
+    measured. sizes: the smallest last."""
+    plain = [size for size in sizes if size.plain]
+    mixed = [size for size in sizes if size.decode_rows and size.prefill_tokens]
+    return [sizes[-1], *mixed[-1:], *plain[:1]]
 
 
 def reserve_bytes(sizes: CaptureSizes, row_bytes: int, token_bytes: int) -> int:

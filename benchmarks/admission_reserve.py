@@ -20,7 +20,7 @@ from nanoengine.core.request import Request
 from nanoengine.core.scheduling.block_manager import BlockManager
 from nanoengine.core.scheduling.messages import SchedulerConfig
 from nanoengine.core.scheduling.scheduler import Scheduler
-from nanoengine.params.sampling_params import ResolvedParams
+from nanoengine.params.resolver import ResolvedParams
 from nanoengine.testing.policies import named_policy
 
 Load = list[tuple[list[int], int]]  # prompts, output lengths

@@ -26,7 +26,7 @@ from nanoengine.core.scheduling.messages import ScheduledStep, SchedulerConfig, 
 from nanoengine.core.scheduling.scheduler import Scheduler
 from nanoengine.core.step import LogprobRows, StepResult, f32, i32
 from nanoengine.params.input_processor import CheckedRequest
-from nanoengine.params.sampling_params import ResolvedParams
+from nanoengine.params.resolver import ResolvedParams
 from nanoengine.testing.policies import named_policy
 from nanoengine.text.outputs import OutputAssembler
 

@@ -39,8 +39,8 @@ from nanoengine.params.engine_plan import EnginePlan
 from nanoengine.params.grammars import Grammars
 from nanoengine.params.input_processor import InputProcessor
 from nanoengine.params.preparation import Preparations
+from nanoengine.params.resolver import ParamsResolver
 from nanoengine.params.sampling_fields import legal_fields
-from nanoengine.params.sampling_params import ParamsResolver
 from nanoengine.params.speculation import MAX_DRAFTS
 from nanoengine.setup.plugins.choose import choose_grammars
 from nanoengine.setup.plugins.policies import make_policy

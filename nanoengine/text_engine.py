@@ -18,7 +18,8 @@ from nanoengine.params.arguments import encoded_prompt
 from nanoengine.params.generated import Generated
 from nanoengine.params.input_processor import CheckedRequest
 from nanoengine.params.pooling import PoolingChoice
-from nanoengine.params.sampling_params import ResolvedParams, SamplingParams
+from nanoengine.params.resolver import ResolvedParams
+from nanoengine.params.sampling_params import SamplingParams
 from nanoengine.text.detokenizer import IncrementalDetokenizer
 from nanoengine.text.outputs import OutputAssembler
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from nanoengine.api.policies import Key, QueuedRequest
     from nanoengine.core.scheduling.block_manager import Run
     from nanoengine.params.host_states import BoundState
-    from nanoengine.params.sampling_params import ResolvedParams
+    from nanoengine.params.resolver import ResolvedParams
 
 
 def int32_bytes(token_ids: Sequence[int]) -> bytes:

@@ -9,7 +9,7 @@ from typing import Any, Literal, Protocol
 
 from nanoengine.api.errors import RequestError, described, is_failure, shown, text_failure
 from nanoengine.params.arguments import as_int, in_vocabulary, kind_of
-from nanoengine.params.sampling_params import ResolvedParams
+from nanoengine.params.resolver import ResolvedParams
 
 Generated = Sequence[int] | Sequence[Sequence[int]]
 """Of a request's only sample, or a sequence for each of its n samples."""

@@ -17,13 +17,8 @@ import numpy.typing as npt
 from nanoengine.api.errors import RequestError, described, is_failure, nearest, shown
 from nanoengine.api.plugin_calls import place_and_fix
 from nanoengine.api.specs import HostState, ParamsContext, StandardOp
-from nanoengine.params.sampling_params import (
-    Draws,
-    PackedProcessor,
-    ResolvedParams,
-    pack_draws,
-    values_of_draw,
-)
+from nanoengine.params.columns import Draws, pack_draws, values_of_draw
+from nanoengine.params.resolver import PackedProcessor, ResolvedParams
 
 Kind = tuple[str, type[HostState]]
 

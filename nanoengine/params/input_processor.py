@@ -12,7 +12,8 @@ from nanoengine.api.errors import RequestError
 from nanoengine.params.arguments import check_priority, checked_ids, checked_name
 from nanoengine.params.generated import Beginning, TextReader, begin
 from nanoengine.params.pooling import pooled_params
-from nanoengine.params.sampling_params import ParamsResolver, ResolvedParams, SamplingParams
+from nanoengine.params.resolver import ParamsResolver, ResolvedParams
+from nanoengine.params.sampling_params import SamplingParams
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,7 +12,8 @@ from nanoengine.api.deltas import Float32, Pooling
 from nanoengine.api.errors import ParamsError
 from nanoengine.params.arguments import GivenPrompt, split_prompts
 from nanoengine.params.field_types import conform
-from nanoengine.params.sampling_params import ResolvedParams, SamplingParams
+from nanoengine.params.resolver import ResolvedParams
+from nanoengine.params.sampling_params import SamplingParams
 
 T = TypeVar("T")
 

@@ -10,7 +10,8 @@ from nanoengine.api.errors import RequestError
 from nanoengine.params.arguments import checked_ids
 from nanoengine.params.generated import Beginning, begin
 from nanoengine.params.input_processor import CheckedRequest
-from nanoengine.params.sampling_params import SamplingParams, unchecked_params
+from nanoengine.params.resolver import unchecked_params
+from nanoengine.params.sampling_params import SamplingParams
 from nanoengine.service.client import EngineInfo
 from nanoengine.text import IncrementalDetokenizer, TemplateProcesses, Tokenizer, load_tokenizer
 

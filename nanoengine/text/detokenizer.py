@@ -9,7 +9,7 @@ from nanoengine.text.decoding import TokenStream
 from nanoengine.text.stops import StopMatch, StopMatcher
 
 if TYPE_CHECKING:
-    from nanoengine.params.sampling_params import ResolvedParams
+    from nanoengine.params.resolver import ResolvedParams
     from nanoengine.text.tokenizer import Tokenizer
 
 

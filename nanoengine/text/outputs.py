@@ -23,7 +23,7 @@ from nanoengine.api.outputs import (
 )
 from nanoengine.params.generated import NOTHING, Beginning
 from nanoengine.params.input_processor import CheckedRequest
-from nanoengine.params.sampling_params import ResolvedParams
+from nanoengine.params.resolver import ResolvedParams
 from nanoengine.text.detokenizer import IncrementalDetokenizer
 from nanoengine.text.tokenizer import Tokenizer
 

@@ -18,7 +18,7 @@ from nanoengine.api.errors import RequestError
 from nanoengine.api.stats import EngineStats
 from nanoengine.core.request import Request
 from nanoengine.core.scheduling.speculation import Speculation
-from nanoengine.params.sampling_params import ResolvedParams
+from nanoengine.params.resolver import ResolvedParams
 from nanoengine.params.speculation import Acceptance
 
 K = 4

@@ -20,7 +20,7 @@ from nanoengine.core.scheduling.scheduler import Scheduler
 from nanoengine.observe.steps import StepRecord
 from nanoengine.params.generated import Beginning
 from nanoengine.params.input_processor import CheckedRequest
-from nanoengine.params.sampling_params import ResolvedParams
+from nanoengine.params.resolver import ResolvedParams
 from nanoengine.text import IncrementalDetokenizer, Tokenizer
 from nanoengine.text.outputs import OutputAssembler, SampleOutput
 

@@ -146,7 +146,7 @@ def test_it_is_the_change_of_the_column_that_counts(llm: LLM, monkeypatch: pytes
 
 def test_columns_are_copies() -> None:
     """A plugin may hand out an array that it goes on writing to."""
-    from nanoengine.params.sampling_params import pack_column
+    from nanoengine.params.columns import pack_column
 
     own = np.asarray(0.5, dtype=np.float32)
     packed = pack_column("cool", "heat", CoolParams.columns["heat"], own)

@@ -10,7 +10,7 @@ import pytest
 from nanoengine.api.deltas import LogprobRows, RequestDelta, SampleDelta
 from nanoengine.core.step import f32, i32
 from nanoengine.params.input_processor import CheckedRequest
-from nanoengine.params.sampling_params import ResolvedParams
+from nanoengine.params.resolver import ResolvedParams
 from nanoengine.text import Tokenizer
 from nanoengine.text.outputs import OutputAssembler
 

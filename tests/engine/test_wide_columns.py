@@ -12,7 +12,7 @@ import pytest
 from nanoengine import SamplingParams
 from nanoengine.api import ColumnSpec, PluginError, StandardOp
 from nanoengine.core.execution.slots import FixedTable
-from nanoengine.params.sampling_params import pack_columns, pack_draws
+from nanoengine.params.columns import pack_columns, pack_draws
 from nanoengine.testing.conformance import ConformanceError, check_processor
 from nanoengine.testing.mock_model import reference_logits
 

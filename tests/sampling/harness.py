@@ -15,7 +15,8 @@ from nanoengine.api.processors import LogitsProcessor, ProcessorContext, Process
 from nanoengine.api.specs import SamplerSpec
 from nanoengine.core.execution.sampler import DrawPlan, DrawRows, Sampler
 from nanoengine.params.engine_plan import ProcessorPlan
-from nanoengine.params.sampling_params import ParamsResolver, ResolvedParams, SamplingParams
+from nanoengine.params.resolver import ParamsResolver, ResolvedParams
+from nanoengine.params.sampling_params import SamplingParams
 from nanoengine.plugins.samplers import register_samplers
 from nanoengine.setup.plugins.targets import TargetLoader
 

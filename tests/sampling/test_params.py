@@ -17,9 +17,11 @@ import torch
 
 from nanoengine.api import ColumnSpec, ProcessorParams, StandardOp
 from nanoengine.api.errors import ParamsError, PluginError, TokenizerMissing
+from nanoengine.params.columns import MAX_RAGGED
 from nanoengine.params.field_types import conform, describe
+from nanoengine.params.resolver import ParamsResolver, ResolvedParams
 from nanoengine.params.sampling_fields import NOT_SUPPORTED, legal_fields
-from nanoengine.params.sampling_params import MAX_RAGGED, ParamsResolver, ResolvedParams, SamplingParams
+from nanoengine.params.sampling_params import SamplingParams
 
 from .harness import BUILT_IN, Context, resolver
 

@@ -26,7 +26,7 @@ from nanoengine.core.step import ROW_BAD_LOGITS, ROW_FINE, StepPlan
 from nanoengine.distributed.wire import decode, encode
 from nanoengine.distributed.worker import SuppliedColumns
 from nanoengine.params.host_states import start_states
-from nanoengine.params.sampling_params import PackedProcessor, ResolvedParams
+from nanoengine.params.resolver import PackedProcessor, ResolvedParams
 from nanoengine.plugins.policies.fair import Fair
 from nanoengine.plugins.policies.fcfs import FCFS
 from nanoengine.plugins.policies.params import FairParams

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from nanoengine.core.request import Request
 from nanoengine.core.scheduling.draft import Draft, build_plan
-from nanoengine.params.sampling_params import ResolvedParams
+from nanoengine.params.resolver import ResolvedParams
 
 
 def decoding(number: int, length: int) -> Request:

@@ -11,7 +11,7 @@ from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from text_zoo import REPLACEMENT, TOKENIZERS, WORDS, ZOO
 
-from nanoengine.params.sampling_params import ResolvedParams
+from nanoengine.params.resolver import ResolvedParams
 from nanoengine.text import IncrementalDetokenizer, Tokenizer, detokenizer
 from nanoengine.text.decoding import ByteLevelStream, TokenTable
 from nanoengine.text.stops import StopMatcher

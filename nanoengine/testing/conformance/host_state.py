@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 
 from nanoengine.api import HostState, StandardOp
+from nanoengine.params.columns import pack_draws
 from nanoengine.params.host_states import Asked, BoundState, next_columns
-from nanoengine.params.sampling_params import PackedProcessor, pack_draws
+from nanoengine.params.resolver import PackedProcessor
 from nanoengine.testing.conformance.failure import require
 
 _OUTPUT, _DRAFTS = 9, 4  # tokens

@@ -31,7 +31,8 @@ from nanoengine.api import (
 from nanoengine.api.errors import described, is_failure
 from nanoengine.api.plugin_calls import FILE_MODULE
 from nanoengine.params.engine_plan import ProcessorPlan
-from nanoengine.params.sampling_params import ParamsResolver, SamplingParams
+from nanoengine.params.resolver import ParamsResolver
+from nanoengine.params.sampling_params import SamplingParams
 from nanoengine.setup.plugins.targets import TargetLoader
 from nanoengine.setup.plugins.validation import check_spec
 from nanoengine.setup.start.processors import build_processors

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from nanoengine.api import ColumnSpec, Need, ParamsContext, ProcessorRows, RaggedColumn, StandardOp
-from nanoengine.params.sampling_params import PackedProcessor, pack_draws
+from nanoengine.params.columns import pack_draws
+from nanoengine.params.resolver import PackedProcessor
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,20 +12,26 @@ import pytest
 MOST = 4  # each has torch, and up to 3 GB of what its tests made
 TESTS = Path(__file__).parent
 
-# Files of over 30 s: a worker takes a file at a time, and none of these should be the last. The others follow by name.
+# Files of over 20 s: a worker takes a file at a time, and none of these should be the last. The others follow by name.
 LONGEST = (
-    "engine/test_captured_steps.py",
-    "tensor_parallel/test_processes.py",
-    "attention/test_triton_paged.py",
-    "cli/test_multirun.py",
-    "models/test_fused.py",
-    "plugins/test_writing_a_plugin.py",
     "parity/test_families.py",
-    "bench/test_peers.py",
-    "kernels/test_paged_attention.py",
-    "tensor_parallel/test_same_as_one_rank.py",
-    "tensor_parallel/test_faults.py",
+    "models/test_fused.py",
+    "engine/test_captured_steps.py",
     "server/test_serve.py",
+    "tensor_parallel/test_processes.py",
+    "kernels/test_compiles.py",
+    "plugins/test_writing_a_plugin.py",
+    "cli/test_multirun.py",
+    "plugins/test_new_plugin.py",
+    "tensor_parallel/test_faults.py",
+    "server/test_supervisor.py",
+    "kernels/test_compiled_for_hopper.py",
+    "kernels/test_paged_attention.py",
+    "engine/test_degrade.py",
+    "kernels/test_experts.py",
+    "attention/test_triton_paged.py",
+    "server/test_constraints.py",
+    "engine/test_host_states.py",
 )
 
 

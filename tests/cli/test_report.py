@@ -117,6 +117,13 @@ def made(result: Result, path: Path) -> str:
     return path.read_text("utf-8")
 
 
+@pytest.fixture(scope="module")
+def sweep_page(folder: Path) -> Page:
+    """As `report` makes it; one for all that is asked of it."""
+    [sweep] = (folder / "multirun").iterdir()
+    return Page(made(CliRunner().invoke(app, ["report", str(sweep)]), sweep / "report.html"))
+
+
 def test_the_page_of_a_run(report: Run) -> None:
     style = dict(matplotlib.rcParams)
     page = Page(made(report("results"), Path("results/report.html")))
@@ -206,11 +213,10 @@ def test_what_a_killed_run_left(report: Run, tmp_path: Path) -> None:
     assert page.tags["svg"] == 4
 
 
-def test_the_page_of_a_sweep(report: Run) -> None:
-    [sweep] = Path("multirun").iterdir()
+def test_the_page_of_a_sweep(report: Run, sweep_page: Page) -> None:
+    [sweep], page = Path("multirun").iterdir(), sweep_page
     traces = sorted(sweep.glob("*/trace.json"))
     assert [read(each).steps != [] for each in traces] == [True, True]  # each combination's in its folder
-    page = Page(made(report(sweep), sweep / "report.html"))
     # bars, shares of two runs that were composed, and their own four each
     assert page.tags["svg"] == 2 + 2 * 4
     assert page.text.count("not composed") == 2 * 3  # in the table, in its own heading and its note
@@ -230,16 +236,15 @@ def test_the_page_has_date_command_machine_and_versions(report: Run) -> None:
     assert f"nanoengine {record['versions']['nanoengine']}, python {record['versions']['python']}, torch " in page.text
 
 
-def test_a_sweep_s_answers_are_side_by_side(report: Run) -> None:
-    [sweep] = Path("multirun").iterdir()
-    page = Page(made(report(sweep), sweep / "report.html"))
+def test_a_sweep_s_answers_are_side_by_side(folder: Path, sweep_page: Page) -> None:
+    [sweep] = (folder / "multirun").iterdir()
     with (sweep / "answers.csv").open(newline="", encoding="utf-8") as file:
         header, *rows = csv.reader(file)
     assert header[:2] == ["#", "prompt"]
     assert [label.split()[0] for label in header[2:]] == ["#0", "#1", "#2", "#3"]
-    assert "Answers side by side" in page.text
-    for number, folder in enumerate(sorted(each for each in sweep.iterdir() if each.is_dir())):
-        results = folder / "results.jsonl"
+    assert "Answers side by side" in sweep_page.text
+    for number, combination in enumerate(sorted(each for each in sweep.iterdir() if each.is_dir())):
+        results = combination / "results.jsonl"
         found = [json.loads(line) for line in results.read_text("utf-8").splitlines()] if results.exists() else []
         for row in found:
             answer = row["outputs"][0]["text"].strip() if row["error"] is None else f"({row['error']['code']})"
@@ -247,12 +252,11 @@ def test_a_sweep_s_answers_are_side_by_side(report: Run) -> None:
     assert any(cell for row in rows for cell in row[2:])
 
 
-def test_a_sweep_has_its_command_and_says_that_each_ran_once(report: Run) -> None:
-    [sweep] = Path("multirun").iterdir()
+def test_a_sweep_has_its_command_and_says_that_each_ran_once(folder: Path, sweep_page: Page) -> None:
+    [sweep] = (folder / "multirun").iterdir()
     assert json.loads((sweep / "sweep.json").read_text())["command"].startswith("nanoengine")
-    page = Page(made(report(sweep), sweep / "report.html"))
-    assert "command" in page.texts
-    assert "Each combination ran once. 'engine.seed=range(3)' runs each three times" in page.text
+    assert "command" in sweep_page.texts
+    assert "Each combination ran once. 'engine.seed=range(3)' runs each three times" in sweep_page.text
 
 
 def test_runs_that_differ_in_seeds_only_show_the_spread() -> None:

@@ -8,6 +8,7 @@ interpreter's lock. A kernel whose binary is in Triton's cache is loaded the sam
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Hashable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from typing import Any
 from torch import Tensor
 
 _THREADS = 16
+_one = threading.Lock()  # one thread at a time puts its own in the place of Triton's functions
 _seen: ContextVar[set[Hashable] | None] = ContextVar("nanoengine_compile_ahead", default=None)
 
 
@@ -27,7 +29,7 @@ def is_compiling_ahead() -> bool:
 
 @contextmanager
 def compiling_ahead() -> Iterator[None]:
-    """No Triton kernel of this thread runs inside; what was met is compiled when it ends.
+    """No Triton kernel of this thread runs inside; what was met is compiled when it ends. Other threads wait to enter.
 
     So results inside are those of kernels that did not run: run there only what reads no index from them. A kernel that
     cannot be compiled says so when it is launched.
@@ -35,17 +37,18 @@ def compiling_ahead() -> Iterator[None]:
     import triton
     from triton.runtime import Autotuner, JITFunction
 
-    token = _seen.set(set())
-    launch, tune = JITFunction.run, Autotuner.run
-    JITFunction.run, Autotuner.run = _compiled(launch), _untuned(tune)
-    try:
-        threads = min(_THREADS, os.cpu_count() or 1)
-        # With errors raised at its end, the mode would stay on (triton 3.7).
-        with ThreadPoolExecutor(threads) as pool, triton.AsyncCompileMode(pool, ignore_errors=True):
-            yield
-    finally:
-        JITFunction.run, Autotuner.run = launch, tune
-        _seen.reset(token)
+    with _one:
+        token = _seen.set(set())
+        launch, tune = JITFunction.run, Autotuner.run
+        JITFunction.run, Autotuner.run = _compiled(launch), _untuned(tune)
+        try:
+            threads = min(_THREADS, os.cpu_count() or 1)
+            # With errors raised at its end, the mode would stay on (triton 3.7).
+            with ThreadPoolExecutor(threads) as pool, triton.AsyncCompileMode(pool, ignore_errors=True):
+                yield
+        finally:
+            JITFunction.run, Autotuner.run = launch, tune
+            _seen.reset(token)
 
 
 def _compiled(launch: Callable[..., Any]) -> Callable[..., Any]:

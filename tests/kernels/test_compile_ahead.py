@@ -82,17 +82,30 @@ out = dict(inside=inside, ahead=ahead, later=len(compiled) - len(ahead), launche
     assert out["after"] is False
 
 
-def test_other_threads_launch_as_ever_meanwhile() -> None:
+def test_other_threads_launch_as_ever_meanwhile_or_wait_to_compile_ahead_too() -> None:
     out = there("""
+before = triton.runtime.JITFunction.run
+entered, left = threading.Event(), threading.Event()
+
+def ahead():
+    with compiling_ahead():
+        entered.set()
+        left.wait()
+
 launch(torch.float32)
 with compiling_ahead():
     launch(torch.float32)
     other = threading.Thread(target=launch, args=(torch.float32,), name="other")
     other.start()
     other.join()
-out = launches
+    second = threading.Thread(target=ahead)
+    second.start()
+    early = entered.wait(0.1)
+left.set()
+second.join()
+out = [launches, early, triton.runtime.JITFunction.run is before]
 """)
-    assert out == ["MainThread", "other"]
+    assert out == [["MainThread", "other"], False, True]
 
 
 def test_a_kernel_that_does_not_compile_says_so_when_it_is_launched() -> None:

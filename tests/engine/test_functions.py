@@ -76,9 +76,9 @@ def test_functions_run_in_their_order_and_may_take_the_prompt(llm: LLM) -> None:
         def __init__(self) -> None:
             self.calls = 0
 
-        def __call__(self, output: list[int], logits: Tensor) -> Tensor:
+        def __call__(self, output: list[int], logits: Tensor, step: int = 1) -> Tensor:
             assert not logits.any()
-            self.calls += 1
+            self.calls += step  # its own argument: one that has a default is not given
             logits[10 + len(output)] = 1.0
             return logits
 
@@ -113,8 +113,9 @@ def test_a_batched_function_is_called_once_a_step(llm: LLM) -> None:
 @pytest.mark.parametrize(
     ("function", "said"),
     [
-        (lambda ids, logits: logits[:-1], r"must return logits of shape \(97,\), not \(96,\)"),
-        (lambda ids, logits: None, r"must return logits of shape \(97,\), not NoneType"),
+        (lambda ids, logits: logits[:-1], r"must return logits, floats of shape \(97,\), not torch.float32 \(96,\)"),
+        (lambda ids, logits: None, r"must return logits, floats of shape \(97,\), not NoneType"),
+        (lambda ids, logits: logits > 3, r"not torch.bool \(97,\)"),  # a mask is no logits
         (
             lambda ids, logits: 1 / 0,
             r"ZeroDivisionError: division by zero \(in <lambda>\(\)\) \(.*functions\.py, line \d+",

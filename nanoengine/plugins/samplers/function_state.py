@@ -66,10 +66,19 @@ def name_of(function: Callable[..., Any]) -> str:
 
 
 def _takes_prompt(function: Callable[..., Any]) -> bool:
-    """Whether it takes three arguments, as in vLLM. One without a signature (a builtin) takes two."""
+    """Whether it needs three arguments. One without a signature (a builtin) takes two, and so does one whose third
+    argument has a default, which is the function's own."""
     try:
-        inspect.signature(function).bind(None, None, None)
+        signature = inspect.signature(function)
     except (TypeError, ValueError):
+        return False
+    return not _takes(signature, 2) and _takes(signature, 3)
+
+
+def _takes(signature: inspect.Signature, count: int) -> bool:
+    try:
+        signature.bind(*[None] * count)
+    except TypeError:
         return False
     return True
 

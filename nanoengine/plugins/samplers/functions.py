@@ -40,7 +40,7 @@ def _called(function: Callable[..., Any], *ids: Any, logits: Tensor) -> Tensor:
     shape, name = logits.shape, name_of(function)  # it may change the tensor itself
     with plugin_step(f"{name}()", function if isfunction(function) else type(function)):
         found = function(*ids, logits)
-    if isinstance(found, Tensor) and found.shape == shape:
+    if isinstance(found, Tensor) and found.shape == shape and found.is_floating_point():
         return found.to(logits)
-    got = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
-    raise ParamsError(f"{name}() must return logits of shape {tuple(shape)}, not {got}")
+    got = f"{found.dtype} {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
+    raise ParamsError(f"{name}() must return logits, floats of shape {tuple(shape)}, not {got}")

@@ -11,7 +11,7 @@ from llguidance.gbnf_to_lark import gbnf_to_lark
 
 from nanoengine.plugins.grammars.ebnf import is_ebnf
 
-_PARTS = re.compile(r'"(?:[^"\\]|\\.)*"|\[(?:[^\]\\]|\\.)*\]|#[^\n]*|[\w-]+', re.DOTALL)
+_PARTS = re.compile(r'"(?:[^"\\]|\\.)*"|\[(?:[^\]\\]|\\.)*\]|#[^\n]*|[\w-]+|\)(?=[ \t]*[*+?{])', re.DOTALL)
 _ESCAPE = re.compile(r"\\(?:x([0-9a-fA-F]{2})|u([0-9a-fA-F]{4})|U([0-9a-fA-F]{8})|.)", re.DOTALL)
 _JSON = re.compile(r'"(?:[^"\\]|\\.)*"|//[^\n]*|#[^\n]*|/(?:[^/\\\n]|\\.)+/|(%json\s*)(?=\{)', re.DOTALL)
 
@@ -47,11 +47,14 @@ def _plain(found: re.Match[str]) -> str:
     """A part of an EBNF grammar as the converter of llguidance reads it rightly.
 
     It shortens the escapes of characters; the classes that it makes are those of Rust, where two of some characters
-    are operators; and it needs the name "start" for itself.
+    are operators; it needs the name "start" for itself; and it leaves out the parentheses of a repeated group that has
+    one part, also where this is a repetition.
     """
     part = found[0]
     if part == "start":
         return "start-of-user"
+    if part == ")":
+        return ' "")'
     if part[0] in '"[':
         part = _ESCAPE.sub(_character, part)
     if part[0] == "[":

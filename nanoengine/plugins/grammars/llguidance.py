@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     import numpy.typing as npt
     from llguidance._lib import JsonCompileOptions
 
+_NO_FORCING = '\n%llguidance {"no_forcing": true}\n'
+"""Without it llguidance looks for the text that must come next up to its end, and there may be none. For `start: A "a"`
+with `A: /a+/`, which takes each "a", it would look for ever. Only a user's grammar can have that."""
 _NO_TEXT = "NoExtensionBias"  # what llguidance calls a grammar that allows no text
 _REFUSED = ("doesn't satisfy the grammar", "; no error message")  # no token follows the end of the grammar
 _MOST_THREADS = 8
@@ -54,7 +57,8 @@ class LLGuidance(GrammarBackend):
             matcher.compute_bitmask()  # its lexer makes states when they are first needed: now, not in a step
         if matcher.is_error():
             raise GrammarError(_refusal(constraint, _first_part(matcher.get_error())))
-        return _Grammar(matcher, self._executor, self._added, self._added.may_be_space(constraint.text))
+        spaces, forces = self._added.may_be_space(constraint.text), constraint.kind != "grammar"
+        return _Grammar(matcher, self._executor, self._added, spaces=spaces, forces=forces)
 
     def _source(self, constraint: Constraint) -> str:
         try:
@@ -69,7 +73,7 @@ class LLGuidance(GrammarBackend):
                 return LLMatcher.grammar_from_regex(_complete(constraint.text))
             if constraint.kind == "choice":
                 return LLMatcher.grammar_from_lark(_lark_of_choice(json.loads(constraint.text)))
-            return LLMatcher.grammar_from_lark(lark_of(constraint.text, self._strict))
+            return LLMatcher.grammar_from_lark(lark_of(constraint.text, self._strict) + _NO_FORCING)
         except (ValueError, RecursionError) as error:
             raise GrammarError(_refusal(constraint, str(error))) from error
 
@@ -149,13 +153,16 @@ class LLGuidance(GrammarBackend):
 
 
 class _Grammar(Grammar):
-    def __init__(self, start: LLMatcher, executor: LLExecutor | None, added: AddedTokens, spaces: bool) -> None:
+    def __init__(
+        self, start: LLMatcher, executor: LLExecutor | None, added: AddedTokens, *, spaces: bool, forces: bool
+    ) -> None:
         self._start, self._executor, self._lock = start, executor, threading.Lock()
-        self._added, self._spaces = added, spaces
+        self._added, self._spaces, self._forces = added, spaces, forces
 
     def matcher(self) -> Matcher:
         with self._lock:
-            return _Matcher(self._start.deep_copy(), self._executor, self._added, self._spaces)
+            own = self._start.deep_copy()
+            return _Matcher(own, self._executor, self._added, spaces=self._spaces, forces=self._forces)
 
 
 class _Matcher(Matcher):
@@ -164,12 +171,16 @@ class _Matcher(Matcher):
         matcher: LLMatcher,
         executor: LLExecutor | None = None,
         added: AddedTokens | None = None,
+        *,
         spaces: bool = False,
+        forces: bool = True,
     ) -> None:
         """executor: threads that compute masks of several matchers; None: there are no cores for them.
 
-        added: corrects masks; None: they stay as they are. spaces: each one is to be looked at."""
-        self._matcher, self._executor, self._added, self._spaces = matcher, executor, added, spaces
+        added: corrects masks; None: they stay as they are. spaces: each one is to be looked at. forces: llguidance
+        looks for text that must come next."""
+        self._matcher, self._executor, self._added = matcher, executor, added
+        self._spaces, self._forces = spaces, forces
 
     def consume(self, token_ids: Sequence[int]) -> int:
         taken = int(self._matcher.try_consume_tokens(list(token_ids)))
@@ -218,7 +229,7 @@ class _Matcher(Matcher):
         return bool(self._matcher.is_accepting())
 
     def forced(self, most: int, width: int) -> list[int]:
-        if len(self._matcher.compute_ff_tokens()) < 2:  # quicker than masks, and one token alone saves nothing
+        if self._forces and len(self._matcher.compute_ff_tokens()) < 2:  # quicker than masks; one token saves nothing
             return []
         return super().forced(most, width)
 

@@ -47,28 +47,23 @@ from nanoengine.api.grammars import Advanced, Constraint, Grammar, GrammarBacken
 from nanoengine.api.hooks import hookimpl
 from nanoengine.api.parallel import TensorParallelGroup
 from nanoengine.api.policies import Policy, QueuedRequest
+from nanoengine.api.processor_params import ColumnSpec, HostState, ParamsContext, Phase, ProcessorParams, StandardOp
 from nanoengine.api.processors import LogitsProcessor, Need, ProcessorContext, ProcessorRows, RaggedColumn
 from nanoengine.api.sharding import Shard, ShardSpec
 from nanoengine.api.sources import ModelSource, SourceContext
 from nanoengine.api.specs import (
     API_VERSION,
     AttentionSpec,
-    ColumnSpec,
     CommandSpec,
     DrafterParams,
     DrafterSpec,
     GrammarSpec,
-    HostState,
     ModelSourceSpec,
     ModelSpec,
-    ParamsContext,
-    Phase,
     PolicyParams,
     PolicySpec,
-    ProcessorParams,
     QuantizationSpec,
     SamplerSpec,
-    StandardOp,
     ToolParserSpec,
 )
 from nanoengine.api.tool_parsers import (

@@ -9,7 +9,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, ClassVar
 
 from nanoengine.api.errors import PluginError, nearest
-from nanoengine.api.specs import Phase
+from nanoengine.api.processor_params import Phase
 
 if TYPE_CHECKING:
     import torch

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from nanoengine.api.errors import ParamsError, PluginError, shown
-from nanoengine.api.specs import ColumnSpec, StandardOp
+from nanoengine.api.processor_params import ColumnSpec, StandardOp
 
 MAX_RAGGED = 16_384
 """Most values of one request in a ragged column. The table of the column is as wide as its widest row, in all slots."""

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from nanoengine.api.specs import ColumnSpec, PluginFile
+from nanoengine.api.processor_params import ColumnSpec
+from nanoengine.api.specs import PluginFile
 from nanoengine.params.engine_options import EngineOptions
 
 

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from nanoengine.api.errors import RequestError, described, is_failure, nearest, shown
 from nanoengine.api.plugin_calls import place_and_fix
-from nanoengine.api.specs import HostState, ParamsContext, StandardOp
+from nanoengine.api.processor_params import HostState, ParamsContext, StandardOp
 from nanoengine.params.columns import Draws, pack_draws, values_of_draw
 from nanoengine.params.resolver import PackedProcessor, ResolvedParams
 

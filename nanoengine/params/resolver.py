@@ -10,7 +10,7 @@ from typing import Any
 from nanoengine.api.deltas import Pooling
 from nanoengine.api.errors import ParamsError, PluginError, described, is_failure, nearest_part, shown
 from nanoengine.api.plugin_calls import plugin_call
-from nanoengine.api.specs import ParamsContext, ProcessorParams, StandardOp
+from nanoengine.api.processor_params import ParamsContext, ProcessorParams, StandardOp
 from nanoengine.params.columns import MAX_RAGGED, TooWide, pack_columns
 from nanoengine.params.field_types import conform
 from nanoengine.params.sampling_fields import (

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, get_type_hints
 
 from nanoengine.api.errors import ParamsError, PluginError
-from nanoengine.api.specs import ProcessorParams
+from nanoengine.api.processor_params import ProcessorParams
 
 INT64 = range(-(2**63), 2**63)
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from nanoengine.api.attention import BatchLimits
-from nanoengine.api.specs import ColumnSpec
+from nanoengine.api.processor_params import ColumnSpec
 from nanoengine.core.execution.slots import SlotLimits, SlotTables
 from nanoengine.core.execution.step_inputs import (
     GatheredStep,

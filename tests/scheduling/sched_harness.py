@@ -14,7 +14,7 @@ import numpy as np
 
 from nanoengine.api import Policy, PolicyParams
 from nanoengine.api.errors import RequestError
-from nanoengine.api.specs import ColumnSpec, HostState, ProcessorParams
+from nanoengine.api.processor_params import ColumnSpec, HostState, ProcessorParams
 from nanoengine.core.host_states import LastAsked, supplied_columns
 from nanoengine.core.request import Request, Status
 from nanoengine.core.scheduling import scheduler as scheduler_module

@@ -19,8 +19,8 @@ from nanoengine.api.checks import CheckedModel
 from nanoengine.api.draft_checks import checked_drafts
 from nanoengine.api.drafters import DeviceDrafter, DraftStep
 from nanoengine.api.parallel import TensorParallelGroup, vocab_slice
+from nanoengine.api.processor_params import StandardOp
 from nanoengine.api.processors import Need
-from nanoengine.api.specs import StandardOp
 from nanoengine.core.execution.results import Drawn, LaunchedStep, PendingLogprobs
 from nanoengine.core.execution.sampler import DrawPlan, DrawRows, Sampler
 from nanoengine.core.execution.slots import SlotTables, overridden, ragged_places

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from nanoengine.api.parallel import TensorParallelGroup, vocab_slice
 from nanoengine.api.processor_checks import checked_logits
+from nanoengine.api.processor_params import Phase, StandardOp
 from nanoengine.api.processors import LogitsProcessor, Need, ProcessorRows, RaggedColumn
-from nanoengine.api.specs import Phase, StandardOp
 from nanoengine.core.step import ROW_BAD_LOGITS, ROW_FINE, ROW_NOTHING_LEFT
 from nanoengine.kernels import all_reduce, bitmask, sampling
 from nanoengine.kernels.draw import DrawColumns, draw_tokens

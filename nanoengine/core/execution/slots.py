@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from nanoengine.api.errors import ConfigError
+from nanoengine.api.processor_params import ColumnSpec, StandardOp
 from nanoengine.api.processors import Need, RaggedColumn
-from nanoengine.api.specs import ColumnSpec, StandardOp
 from nanoengine.core.step import Int64, NewSlots, ProcessorColumn, StepPlan, SuppliedColumn, offsets_of
 from nanoengine.kernels import step_inputs
 from nanoengine.kernels.device import upload

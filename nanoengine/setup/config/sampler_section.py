@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from nanoengine.api.errors import ConfigError, ParamsError
-from nanoengine.api.specs import ProcessorParams
+from nanoengine.api.processor_params import ProcessorParams
 from nanoengine.params.field_types import conform_text
 from nanoengine.params.sampling_fields import CORE_TYPES, CoreFields, legal_fields, processor_types
 from nanoengine.setup.plugins.registry import Registry

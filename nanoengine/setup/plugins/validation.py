@@ -9,10 +9,10 @@ from itertools import islice
 from typing import Any
 
 from nanoengine.api.errors import PluginError, shown
+from nanoengine.api.processor_params import ColumnSpec, ProcessorParams, StandardOp
 from nanoengine.api.specs import (
     API_VERSION,
     AttentionSpec,
-    ColumnSpec,
     CommandSpec,
     DrafterParams,
     DrafterSpec,
@@ -21,11 +21,9 @@ from nanoengine.api.specs import (
     ModelSpec,
     PolicyParams,
     PolicySpec,
-    ProcessorParams,
     QuantizationSpec,
     SamplerSpec,
     Spec,
-    StandardOp,
     ToolParserSpec,
 )
 from nanoengine.params.sampling_fields import legal_fields, plugin_fields

@@ -8,8 +8,8 @@ from typing import Any
 
 from nanoengine.api.errors import NanoEngineError, PluginError, shown
 from nanoengine.api.plugin_calls import plugin_call
+from nanoengine.api.processor_params import Phase
 from nanoengine.api.processors import LogitsProcessor, Need, ProcessorContext
-from nanoengine.api.specs import Phase
 from nanoengine.params.engine_plan import ProcessorPlan
 from nanoengine.setup.plugins.choose import load_checked
 from nanoengine.setup.plugins.targets import TargetLoader

@@ -2,11 +2,12 @@
 
     python benchmarks/quantised.py [--only bf16 fp8 int4 q4_k] [--shape qwen3-8b] [--passes 2] [--out FILE]
     python benchmarks/quantised.py --shape qwen3-0.6b --only bf16 kv-fp8 kv-int8 --workload d256
+    python benchmarks/quantised.py --only bf16 fp8 fp8+eight_bit_streamed kv-fp8~attention_codes
     python benchmarks/quantised.py --check                        # on a CPU, small
 
 All in one process, one engine after the other, random weights of a shape; the output layer and the embedding stay in
 bfloat16. `fp8` is quantised while loading; `int4` is what a config of AWQ describes (groups of 128, zeros), `q4_k` what
-one of a GGUF file does. The workloads are those of `nanoengine bench throughput`. "step" is the time of a pass over its
+one of a GGUF file does. Behind a case are kernels that `engine.kernels` turns on (+) or off (~). The workloads are those of `nanoengine bench throughput`. "step" is the time of a pass over its
 output tokens of one request, the prompts' time included; "bytes" what a decode step must read at least: all weights but
 the embedding, and K and V of the mean context. "limit" is the time of a pass in which the weights of each step are read
 once, or multiplied (eight-bit products at twice the speed of bfloat16 ones, others at that), and K and V are read once.
@@ -19,6 +20,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import re
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -62,12 +64,27 @@ class Row:
     limit_ms: float | None
 
 
+def options_of(case: str) -> dict[str, Any]:
+    """Of "fp8+eight_bit_streamed": `quantization` and `kernels`. Raises `argparse.ArgumentTypeError`."""
+    name, *changes = re.split(r"(?=[+~])", case)
+    if name not in OPTIONS:
+        raise argparse.ArgumentTypeError(f"no case is called {name!r}; there are {', '.join(OPTIONS)}")
+    return {**OPTIONS[name], "kernels": {each[1:]: each[0] == "+" for each in changes}}
+
+
+def named(case: str) -> str:
+    options_of(case)
+    return case
+
+
 def config_of(case: str, shape: Shape) -> dict[str, Any]:
-    config = shape.hf_config(4096)
-    if case == "int4":
-        config["quantization_config"] = AWQ
-    if case == "q4_k":
-        types = {f"model.layers.{i}.{name}": "Q4_K" for i in range(shape.layers) for name in MODULES}
+    """Of small shapes groups and blocks are those of 32 inputs."""
+    config, small = shape.hf_config(4096), shape.hidden % 256 != 0
+    if case.startswith("int4"):
+        config["quantization_config"] = {**AWQ, "group_size": 32} if small else AWQ
+    if case.startswith("q4_k"):
+        kind = "Q4_0" if small else "Q4_K"
+        types = {f"model.layers.{i}.{name}": kind for i in range(shape.layers) for name in MODULES}
         config["quantization_config"] = {"quant_method": "gguf", "types": types, "expanded": {}}
     return config
 
@@ -92,10 +109,10 @@ def measure(case: str, shape: Shape, workloads: list[Workload], passes: int, lim
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "config.json").write_text(json.dumps(config_of(case, shape)))
         rows = max(len(each.prompts) for each in workloads)
-        options = {"max_model_len": 4096, "max_num_seqs": rows, "graph_mixed_steps": False, **OPTIONS[case]}
+        options = {"max_model_len": 4096, "max_num_seqs": rows, "graph_mixed_steps": False, **options_of(case)}
         with LLM(folder, load_format="dummy", **options) as llm:
             runner = llm.engine._executor.runner  # type: ignore[attr-defined]
-            if case == "q4_k" and runner.device.type == "cuda":
+            if case.startswith("q4_k") and runner.device.type == "cuda":
                 fill_blocks(runner.model)
             weights, kv_byte = weight_bytes(runner.model), 132 / 128 if case.startswith("kv") else 2.0
             for work in workloads:
@@ -111,7 +128,7 @@ def row_of(
     kv = count * (prompt + output / 2) * shape.kv_per_token * kv_byte
     limit = None
     if limits is not None:
-        speed = limits.flops * (2 if case == "fp8" else 1)
+        speed = limits.flops * (2 if case.startswith("fp8") else 1)
         layers, head = shape.layers * shape.layer_weights, shape.vocab * shape.hidden
         products = 2 * count * (layers / speed + head / limits.flops)
         prefill = 2 * layers * count * prompt / speed
@@ -129,14 +146,14 @@ def row_of(
 def say(row: Row, first: Row) -> None:
     limit = "" if row.limit_ms is None else f"  limit {row.limit_ms:7.3f} ms {row.limit_ms / row.step_ms:4.0%}"
     print(
-        f"{row.case:8s} {row.workload:6s} {max(row.rates):9.0f} tokens/s  {first.step_ms / row.step_ms:5.2f}x  "
+        f"{row.case:24s} {row.workload:6s} {max(row.rates):9.0f} tokens/s  {first.step_ms / row.step_ms:5.2f}x  "
         f"step {row.step_ms:7.3f} ms  {row.step_bytes / 1e9:6.2f} GB{limit}", flush=True,
     )  # fmt: skip
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=OPTIONS, default=["bf16", "fp8", "int4", "q4_k"], help="cases")
+    parser.add_argument("--only", nargs="+", type=named, default=["bf16", "fp8", "int4", "q4_k"], help="cases")
     parser.add_argument("--shape", choices=SHAPES, default="qwen3-8b", help="of the model")
     parser.add_argument("--workload", nargs="+", choices=WORKLOADS, default=["d1", "d256"])
     parser.add_argument("--passes", type=int, default=2, help="passes after one to warm up")

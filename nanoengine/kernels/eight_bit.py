@@ -73,7 +73,8 @@ def quantised(x: Tensor, w: EightBit) -> tuple[Tensor, Tensor]:
         scale = w.input_scale.expand(len(x), 1)
     else:
         most = values.abs().amax(2)
-        scale = (most if w.bound is None else torch.where(most > w.bound, w.bound, most)).clamp_min(LEAST) / w.limit
+        most = most if w.bound is None else torch.where(most > w.bound, w.bound, most)
+        scale = most.clamp_min(LEAST) / most.new_full((), w.limit)  # by a number it is a product on a GPU
     codes = (values / scale.unsqueeze(2)).clamp(-w.limit, w.limit)
     scale = scale + (values - values).sum(2)  # NaN, if one of them is not finite: a limited code no longer says so
     if w.weight.dtype == torch.int8:

@@ -21,7 +21,7 @@ SCALE_BYTES = 4
 def quantise_heads(x: Tensor, kv_dtype: str) -> tuple[Tensor, Tensor]:
     """[..., D] -> (codes [..., D], float32 scales [...]); codes times scale are the values."""
     values = x.float()
-    scale = values.abs().amax(-1) / LARGEST[kv_dtype]
+    scale = values.abs().amax(-1) / values.new_full((), LARGEST[kv_dtype])  # by a number it is a product on a GPU
     codes = values / torch.where(scale == 0, 1.0, scale).unsqueeze(-1)
     if kv_dtype == "int8":
         codes = torch.floor(codes + 0.5)

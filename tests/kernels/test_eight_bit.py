@@ -57,9 +57,37 @@ KINDS = {
 kinds = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS.keys())
 
 
-def rounded(dtype: torch.dtype) -> float:
-    """What a code that a last bit decides may change, and no less than one rounding of a value."""
-    return max(2e-3, torch.finfo(dtype).eps * 0.51)
+def rounded(dtype: torch.dtype, w: EightBit, gate: str | None = None) -> float:
+    """Of a product whose codes are known: one rounding of the result, and what float32 sums lose. On a GPU tensor cores
+    cut FP8's products at 2^-13 of the largest, which is up to 4 times the result, with each 32 inputs. A gate is a
+    product of two, and changes up to 1.1 times as much as what it is of."""
+    cores = w.scale.is_cuda and w.weight.dtype == FP8 and w.inputs != "plain"
+    lost = 2e-6 + -(-w.weight.shape[1] // 32) * 2.0**-11 * cores
+    return torch.finfo(dtype).eps / 2 + lost * (2.1 if gate else 1)
+
+
+def one_code(w: EightBit, x: torch.Tensor) -> float:
+    """What changes of a product, at most, if the largest code of each row is the next one: 1/8 of it, or 1."""
+    if w.inputs == "plain":
+        return 0.0
+    codes = eight_bit.quantised(x, w)[0].float()
+    step = codes.abs().amax(1) / 8 if w.weight.dtype == FP8 else torch.ones(len(x), device=x.device)
+    return float((step / codes.norm(dim=1)).max())
+
+
+def product_of_codes(w: EightBit, x: torch.Tensor, *args: Any, **around: Any) -> torch.Tensor:
+    """float32: the reference's product of the codes that kernels make of x."""
+    if w.inputs != "plain":
+        codes, scale, _ = quantised(x, w)
+        x = codes.float() * scale.repeat_interleave(w.group, 1)[:, : x.shape[1]]
+    return eight_bit.product(replace(w, inputs="plain"), x.float(), *args, **around)
+
+
+def assert_next_to(codes: torch.Tensor, expected: torch.Tensor) -> None:
+    """Few differ, and by one step: a quotient's last bit may decide a tie."""
+    off, wide = (codes.float() - expected.float()).abs(), expected.float().abs()
+    assert (off > 0).float().mean() < 0.02
+    assert (off <= ((wide / 8).clamp_min(2.0**-9) if codes.dtype == FP8 else torch.ones_like(wide))).all()
 
 
 @kinds
@@ -76,10 +104,8 @@ def test_codes_are_those_of_the_reference(rand, weight, kind) -> None:
     expected, expected_scale = eight_bit.quantised(x, w)
     assert total is x
     assert codes.dtype == w.weight.dtype
-    torch.testing.assert_close(scale, expected_scale, rtol=3e-7, atol=0)
-    off = (codes.float() - expected.float()).abs()  # a quotient's last bit may decide a tie
-    assert (off > 0).float().mean() < 0.01
-    assert (off <= expected.float().abs() / 7 + 1).all()
+    assert torch.equal(scale, expected_scale)
+    assert_next_to(codes, expected)
 
 
 @pytest.mark.parametrize("normed", [False, True])
@@ -92,19 +118,21 @@ def test_several_programs_quantise_a_long_row(rand, weight, assert_close, normed
     source, stream = add_rms_norm(x, residual, norm, EPS) if normed else (x, x)
     expected, expected_scale = eight_bit.quantised(source, w)
     assert_close(total, stream)
-    torch.testing.assert_close(
-        scale, expected_scale, rtol=1e-2 if normed and x.dtype != torch.float32 else 3e-6, atol=0
-    )
-    off = (codes.float() - expected.float()).abs()
-    assert (off > 0).float().mean() < 0.02
-    assert (off <= expected.float().abs() / 7 + 1).all()
+    # A sum of n squares in another order changes by n * 2^-24, its root by half of that; then values are rounded.
+    rtol = 2100 * 2.0**-25 + (torch.finfo(x.dtype).eps if x.dtype != torch.float32 else 0.0) if normed else 0.0
+    torch.testing.assert_close(scale, expected_scale, rtol=rtol, atol=0)
+    if not normed or x.dtype == torch.float32:
+        assert_next_to(codes, expected)
+    else:  # a value that is rounded to the other side moves up to a step
+        seen = [each.float() * of for each, of in ((codes, scale), (expected, expected_scale))]
+        assert_close(*seen, bound=rtol + 2.0**-4)
 
 
 @pytest.mark.half
 @pytest.mark.filterwarnings("ignore:invalid value encountered")
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @kinds
-def test_what_is_not_finite_is_seen_in_its_row_alone(rand, weight, kind, value) -> None:
+def test_what_is_not_finite_is_seen_in_its_row_alone(rand, weight, assert_close, kind, value) -> None:
     w, x = weight(n=16, k=64, **kind), rand(20, 64)
     clean = eight_bit.product(w, x)
     x[1, 3] = value
@@ -112,7 +140,7 @@ def test_what_is_not_finite_is_seen_in_its_row_alone(rand, weight, kind, value) 
         for module in (eight_bit, eight_bit_triton):
             y = module.product(w, rows)
             assert not y[1].isfinite().any()
-            torch.testing.assert_close(y[0], clean[0], rtol=0.02, atol=0.05)  # tensor cores keep 14 bits of a sum
+            assert_close(y[:1], clean[:1].float(), bound=2 * rounded(x.dtype, w) + one_code(w, x[:1]))
 
 
 @pytest.mark.half
@@ -124,11 +152,11 @@ def test_product_agrees(rand, weight, assert_close, kind, rows, gate, with_bias,
     w, x = weight(n=n, k=k, **kind), rand(rows, k)
     bias = rand(n) if with_bias else None
     add = rand(rows, n // 2 if gate else n) if with_add else None
-    expected = eight_bit.product(w, x.float(), bias, gate=gate, add=add)
+    expected = product_of_codes(w, x, bias, gate=gate, add=add)
     assert expected.dtype == torch.float32
     y = eight_bit_triton.product(w, x, bias, gate=gate, add=add)
     assert y.dtype == x.dtype
-    assert_close(y, expected, bound=rounded(x.dtype) if w.inputs != "plain" else None)
+    assert_close(y, expected, bound=rounded(x.dtype, w, gate))
 
 
 @pytest.mark.half
@@ -140,7 +168,8 @@ def test_norm_product_agrees(rand, weight, assert_close, kind, rows) -> None:
         y, total = eight_bit_triton.norm_product(w, x, residual, norm_weight, EPS)
         expected, expected_total = eight_bit.norm_product(w, x, residual, norm_weight, EPS)
         assert torch.equal(total, expected_total)
-        assert_close(y, expected, bound=4e-3)
+        normed, _ = add_rms_norm(x, residual, norm_weight, EPS)
+        assert_close(y, expected, bound=2 * rounded(x.dtype, w) + torch.finfo(x.dtype).eps + one_code(w, normed))
 
 
 @kinds
@@ -153,7 +182,7 @@ def test_k_in_parts_agrees(rand, weight, assert_close, kind) -> None:
     tile = Tile(block_n=32, block_k=block, block_t=16, warps=4, stages=2, splits=3)
     for each in (tile, replace(tile, splits=1)):
         y = tiled(w, codes, scale, None, dtype=x.dtype, add=add, tile=each)
-        assert_close(y, eight_bit.product(w, x, add=add), bound=rounded(x.dtype))
+        assert_close(y, product_of_codes(w, x, add=add), bound=rounded(x.dtype, w))
 
 
 def test_out_receives_the_result(rand, weight) -> None:
@@ -163,8 +192,7 @@ def test_out_receives_the_result(rand, weight) -> None:
         for module in (eight_bit, eight_bit_triton):
             out = torch.full((rows, 32), 9.0, dtype=torch.float32, device=x.device)
             assert module.product(w, x, out=out) is out
-            bound = rounded(x.dtype)
-            torch.testing.assert_close(out, module.product(w, x).float(), rtol=bound, atol=bound)
+            torch.testing.assert_close(module.product(w, x).float(), out, rtol=torch.finfo(x.dtype).eps, atol=0)
 
 
 def test_no_rows_are_no_work(rand, weight) -> None:
@@ -251,6 +279,7 @@ class TestStreamed:
     }
     kinds = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS.keys())
 
+    @pytest.mark.filterwarnings("ignore:invalid value encountered")
     @kinds
     def test_codes_are_those_of_the_kernel_in_front(self, rand, weight, kind) -> None:
         """Bit for bit: the weight is every third row of the unit matrix, so a product is a code times its scale. What
@@ -282,7 +311,9 @@ class TestStreamed:
         y, total = streamed(w, x, bias, residual=x, norm_weight=norm, eps=EPS, gate=gate, tile=tile)
         expected, expected_total = eight_bit.norm_product(w, x, x, norm, EPS, bias, gate=gate)
         assert torch.equal(total, expected_total)
-        assert_close(y, expected, bound=4e-3)
+        normed, _ = eight_bit.add_rms_norm(x, x, norm, EPS)
+        lost = (2.1 if gate else 1) * (torch.finfo(x.dtype).eps + one_code(w, normed))
+        assert_close(y, expected, bound=2 * rounded(x.dtype, w, gate) + lost)
 
     @kinds
     def test_the_switch_is_asked(self, rand, weight, kind, monkeypatch) -> None:
@@ -302,7 +333,7 @@ class TestStreamed:
         assert ran == [1, 1, 1]
 
     @pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the tests above run the assembly")
-    def test_products_of_the_assembly_agree(self, weight, monkeypatch) -> None:
+    def test_products_of_the_assembly_agree(self, weight, assert_close, monkeypatch) -> None:
         """Emulated, two warps: what is wanted of tensor cores' products is their diagonals."""
         monkeypatch.setattr(tl, "inline_asm_elementwise", inline_asm_elementwise)
         monkeypatch.setattr(eight_bit_streamed_triton, "_assembly_for", lambda _: eight_bit_streamed_triton.assembly())
@@ -311,4 +342,4 @@ class TestStreamed:
             x = torch.randn(2, 1008, generator=torch.Generator().manual_seed(1))
             w = weight(FP8, 7, 1008, **self.KINDS[kind])
             y, _ = streamed(w, x, None, tile=tile)
-            torch.testing.assert_close(y, eight_bit.product(w, x), rtol=1e-5, atol=1e-4)
+            assert_close(y, product_of_codes(w, x), bound=rounded(x.dtype, w))

@@ -6,11 +6,12 @@
     python benchmarks/quantised.py --check                        # on a CPU, small
 
 All in one process, one engine after the other, random weights of a shape; the output layer and the embedding stay in
-bfloat16. `fp8` is quantised while loading; `int4` is what a config of AWQ describes (groups of 128, zeros), `q4_k` what
-one of a GGUF file does. Behind a case are kernels that `engine.kernels` turns on (+) or off (~). The workloads are those of `nanoengine bench throughput`. "step" is the time of a pass over its
-output tokens of one request, the prompts' time included; "bytes" what a decode step must read at least: all weights but
-the embedding, and K and V of the mean context. "limit" is the time of a pass in which the weights of each step are read
-once, or multiplied (eight-bit products at twice the speed of bfloat16 ones, others at that), and K and V are read once.
+bfloat16. `fp8` is quantised while loading; `int4` is what a config of AWQ describes (groups of 128, zeros), `q4_k`
+what one of a GGUF file does. Behind a case are kernels that `engine.kernels` turns on (+) or off (~). The workloads
+are those of `nanoengine bench throughput`. "step" is the time of a pass over its output tokens of one request, the
+prompts' time included; "bytes" what a decode step must read at least: all weights but the embedding, and K and V of
+the mean context. "limit" is the time of a pass in which the weights of each step are read once, or multiplied (eight-
+bit products at twice the speed of bfloat16 ones, others at that), and K and V are read once.
 
 Only graphs of 1 and 256 rows are captured, so that engines start quickly.
 """

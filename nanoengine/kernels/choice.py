@@ -1,4 +1,4 @@
-"""Kernels that are turned on and off one by one (`engine.kernels`); without one, another kernel does its work."""
+"""Kernels and copies that are turned on and off one by one (`engine.kernels`); without one, another does its work."""
 
 from __future__ import annotations
 
@@ -6,12 +6,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-KernelName = Literal["attention_codes", "eight_bit_streamed", "int4_gluon", "int4_tiles"]
+KernelName = Literal[
+    "attention_codes", "eight_bit_streamed", "int4_gluon", "int4_tiles", "mask_in_scan", "masks_beside"
+]  # fmt: skip
 KERNELS: Mapping[KernelName, bool] = {
     "attention_codes": True,  # K and V in eight bits by wgmma on Hopper GPUs; else by the decode kernel in Triton
     "eight_bit_streamed": False,  # one row is quantised by its product with FP8 weights; else by a kernel in front
     "int4_gluon": True,  # products of four bits by kernels for Hopper GPUs in Gluon; else by those in Triton
     "int4_tiles": False,  # codes lie as tensor cores take them, for up to 8 rows; else row by row
+    "mask_in_scan": True,  # a captured draw masks and checks logits as it first reads them; else kernels in front of it
+    "masks_beside": True,  # late masks are copied on a stream of their own; else on that of the steps
 }
 """Whether each is on by default. What reads a name: `KernelChoice.has`."""
 

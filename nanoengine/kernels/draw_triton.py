@@ -8,6 +8,7 @@ from torch import Tensor
 
 from nanoengine.kernels import sampling_shard_triton, sampling_triton
 from nanoengine.kernels.bitmask_triton import mask_bits_
+from nanoengine.kernels.choice import BY_DEFAULT, KernelChoice
 from nanoengine.kernels.draw import DrawColumns
 from nanoengine.kernels.sampling_shard_triton import answer
 from nanoengine.kernels.sampling_triton import Tail
@@ -31,8 +32,13 @@ def sample(
     *,
     raw_tops: Tensor | None = None,
     mask: Tensor | None = None,
+    choice: KernelChoice = BY_DEFAULT,
 ) -> None:
-    """`sampling_triton.sample` by these columns."""
+    """`sampling_triton.sample` by these columns; a mask by a kernel in front of it, where `mask_in_scan` is off."""
+    if mask is not None and not choice.has("mask_in_scan"):
+        raw_tops = logits.amax(-1).float()
+        mask_bits_(logits, mask)
+        mask = None
     sampling_triton.sample(
         logits, Tail(tail), tokens, failed, **_key(c), top_k=c.top_k, top_p=c.top_p, min_p=c.min_p,
         raw_tops=raw_tops, mask=mask,

@@ -55,19 +55,19 @@ class AnswerRing(HostRing):
 
 
 class CopiedBeside:
-    """int32 memory, pinned for a GPU, that is copied there on a stream of its own, beside what runs.
+    """int32 memory, pinned for a GPU, that is copied there: on a stream of its own, beside what runs, if `beside`.
 
     Attributes:
         host: numpy array. there: the same on the device.
     """
 
-    def __init__(self, shape: Sequence[int], value: int, device: torch.device) -> None:
-        """value: of all elements at first."""
+    def __init__(self, shape: Sequence[int], value: int, device: torch.device, *, beside: bool = True) -> None:
+        """value: of all elements at first. beside: else the copy is on the current stream."""
         on_gpu = device.type == "cuda"
         self.there = torch.full(shape, value, dtype=torch.int32, device=device)
         self._sent = torch.full(shape, value, dtype=torch.int32, pin_memory=on_gpu)
         self.host: npt.NDArray[np.int32] = self._sent.numpy()
-        self.stream = torch.cuda.Stream(device) if on_gpu else None  # type: ignore[no-untyped-call]
+        self.stream = torch.cuda.Stream(device) if on_gpu and beside else None  # type: ignore[no-untyped-call]
         self._device = device
         self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
 

@@ -280,8 +280,8 @@ class LLMSignature:
             fuse_products: with fuse_kernels: products of 33 to 256 rows are kernels of our own, with norms and
                 gates in them; those with a gate also beyond. GGUF blocks are operands of tensor cores; off: decoded
                 in registers.
-            kernels: single kernels to turn on or off, as {"attention_codes": false}. Without one, another kernel
-                does its work: `nanoengine.kernels.choice` has their names.
+            kernels: single kernels and copies to turn on or off, as {"attention_codes": false}. Without one,
+                another does its work: `nanoengine.kernels.choice` has their names.
             fuse_sampling: fuse the standard sampler operations (one sort for top-k, top-p and min-p).
             custom_all_reduce: small sums over GPUs are read from the memory of the other GPUs; otherwise all use
                 NCCL.

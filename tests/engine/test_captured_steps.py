@@ -20,7 +20,7 @@ from torch import Tensor
 
 from nanoengine import LLM, SamplingParams
 from nanoengine.api.stats import EngineStats
-from nanoengine.core.execution import results, runner, step_inputs
+from nanoengine.core.execution import finish_step, results, runner, step_inputs
 from nanoengine.core.execution.finish_step import CapturedTail
 from nanoengine.core.execution.graphs import CaptureSizes, StepGraphs
 from nanoengine.core.execution.step_inputs import StepSize
@@ -40,6 +40,7 @@ from .test_host_states import CHAIN, JUMPS, chained
 
 triton_interpreter.import_kernels()
 paged_attention_triton: Any = pytest.importorskip("nanoengine.kernels.paged_attention_triton")
+sampling_triton: Any = pytest.importorskip("nanoengine.kernels.sampling_triton")
 pytestmark = pytest.mark.skipif(not triton_interpreter.INSTALLED, reason="triton is not installed")
 SIZES = (*map(StepSize, (1, 2, 4)), StepSize(4, 32))
 ASKED = prompts(7, shortest=2, longest=24)
@@ -313,12 +314,19 @@ def late_wanted(tmp_path: Path) -> list[Any]:
     return late_outputs(tmp_path / "eager")[0]
 
 
-@pytest.mark.parametrize("failures", [0, 1, 99])
+@pytest.mark.parametrize(("failures", "on"), [(0, True), (1, False), (99, True)])
 def test_masks_that_come_late_and_the_draw_behind_them(
-    tmp_path: Path, late_wanted: list[Any], captured: Counter[str], monkeypatch: pytest.MonkeyPatch, failures: int
+    tmp_path: Path,
+    late_wanted: list[Any],
+    captured: Counter[str],
+    monkeypatch: pytest.MonkeyPatch,
+    failures: int,
+    on: bool,
 ) -> None:
-    """No late step that is replayed ends eagerly. A tail that cannot be captured runs launch by launch."""
+    """No late step that is replayed ends eagerly. A tail that cannot be captured runs launch by launch. on: the kernels
+    and the copy that masks have by default; all draw the same."""
     made, tried, graphs = setup_capture._Capture._made, list[Any](), set[Any]()
+    draw, in_scan, beside = sampling_triton.sample, Counter[bool](), list[bool]()
 
     def capture(self: Any, run: Any) -> Any:
         if run.func.__name__ == "run_masked_tail":
@@ -328,13 +336,27 @@ def test_masks_that_come_late_and_the_draw_behind_them(
             graphs.add(run.args)
         return made(self, run)
 
+    def sample(*args: Any, **given: Any) -> None:
+        masked = given["mask"] is not None
+        if given["at"] is not None and (masked or given["raw_tops"] is not None):  # in a captured tail
+            in_scan[masked] += 1
+        draw(*args, **given)
+
+    def copied(*args: Any, **given: Any) -> CopiedBeside:
+        beside.append(given["beside"])
+        return CopiedBeside(*args, **given)
+
     monkeypatch.setattr(setup_capture._Capture, "_made", capture)
+    monkeypatch.setattr(sampling_triton, "sample", sample)
+    monkeypatch.setattr(finish_step, "CopiedBeside", copied)
     sizes = CaptureSizes((StepSize(4), StepSize(4, 32)), tail=True, inputs=True)
     monkeypatch.setattr(starter, "capture_sizes", lambda *_, **__: sizes)
     assert late_wanted[0] == chained(ASKED[0], 6)
     assert late_wanted[3] == "nothing_left"
-    found, stats = late_outputs(tmp_path)
+    found, stats = late_outputs(tmp_path, kernels={} if on else {"mask_in_scan": False, "masks_beside": False})
     assert found == late_wanted
+    assert (set(in_scan), beside) == ({on}, [on])
+    assert in_scan[on] > 3
     assert stats.graph_tails == stats.graph_steps + stats.mixed_graph_steps > 4
     assert len(tried) == (4 if failures == 99 else len(graphs) + failures)  # two sizes, twice
     assert bool(graphs) is (failures < 99)

@@ -15,7 +15,7 @@ from engine.test_host_states import CHAIN, JUMPS, PLUGIN, asked_together, chaine
 
 from nanoengine import SamplingParams
 
-from .support import ON_GPU
+from .support import ON_GPU, runner_of
 from .test_same_tokens import MODES, WAYS
 
 pytestmark = pytest.mark.gpu
@@ -85,21 +85,25 @@ def test_a_supply_waits_for_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert calls[0] > 5
 
 
-@pytest.mark.parametrize("together", [False, True])
-def test_late_steps_end_in_a_graph(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, together: bool) -> None:
+@pytest.mark.parametrize(("together", "on"), [(False, True), (True, True), (True, False)])
+def test_late_steps_end_in_a_graph(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, together: bool, on: bool) -> None:
     """Tokens of a CPU, and no late step that is replayed ends in an eager tail. States that are asked together write
-    their masks where they are sent from."""
+    their masks where they are sent from. on: the kernels and the copy that masks have by default."""
     seen = asked_together(monkeypatch) if together else []
     asked = prompts(7, seed=6)
     params = [CHAIN.replace(temperature=1.5 * (i % 2), chain=9 * (i % 3), seed=i, top_k=7 * (i % 2)) for i in range(6)]
     params.append(CHAIN.replace(wrong="nothing", wrong_at=4))
     found = []
-    for device in ({"device": "cpu"}, ON_GPU):
+    kernels = {} if on else {"mask_in_scan": False, "masks_beside": False}
+    for device in ({"device": "cpu"}, {**ON_GPU, "kernels": kernels}):
         with mock_llm(tmp_path / device["device"], plugins=[chain_plugin], **device) as llm:
             outputs = llm.generate(asked, params, use_tqdm=False)
+            tail = runner_of(llm).graphs.tail
             stats = llm.stats()
         found.append([o.error.code if o.error is not None else o.outputs[0].token_ids for o in outputs])
     assert found[0] == found[1]
     assert found[1][-1] == "nothing_left"
     assert stats.graph_tails == stats.graph_steps + stats.mixed_graph_steps > 5
+    assert tail is not None
+    assert (tail._mask.stream is not None) is on
     assert (max(seen, default=0) > 2) is together

@@ -25,6 +25,7 @@ from nanoengine.api.processors import RaggedColumn
 from nanoengine.core.execution.sampler import DrawRows, Sampler
 from nanoengine.core.step import ROW_BAD_LOGITS, ROW_FINE, ROW_NOTHING_LEFT
 from nanoengine.kernels import sampling
+from nanoengine.kernels.choice import BY_DEFAULT
 from nanoengine.params.sampling_params import SamplingParams
 
 from .harness import (
@@ -472,7 +473,7 @@ def test_how_rows_are_drawn_is_chosen_by_what_they_want(
     pytest.importorskip("triton")
     specs = [(plan_of(spec), load_processor(spec, 50)) for spec in BUILT_IN.values()]
     of_rows = dict.fromkeys(wanted.split(), asked["random"])
-    plan = Sampler(specs, 50, fuse=True, kernels=True).choose(of_rows, **asked)
+    plan = Sampler(specs, 50, fuse=True, kernels=BY_DEFAULT).choose(of_rows, **asked)
     assert [p.name for p in plan.called] == called.split()
     assert {op.value for op in plan.ops} == set(ops.split())
     assert (plan.captured, plan.sharded) == (plan.tail if captured else None, sharded)

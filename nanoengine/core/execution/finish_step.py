@@ -55,8 +55,8 @@ class CapturedTail:
         self._failed = torch.zeros(max_draws, dtype=torch.int32, device=device)
         self._counts = torch.zeros(buffers.max_rows, dtype=torch.int32, device=device)
         self._answers = AnswerRing(max(max_draws, buffers.max_rows), device)
-        words = -(-finish.vocab_size // 32)
-        self._mask = CopiedBeside((min(max_draws, MASKED_DRAWS), words), -1, device)
+        shape = min(max_draws, MASKED_DRAWS), -(-finish.vocab_size // 32)
+        self._mask = CopiedBeside(shape, -1, device, beside=self._sampler.choice.has("masks_beside"))
         self.host_mask, self.send_mask = self._mask.host, self._mask.send
 
     def write_mask(self, draws: int, own: Int64, supplied: Sequence[SuppliedColumn]) -> None:

@@ -14,7 +14,7 @@ from nanoengine.api.processor_checks import checked_logits
 from nanoengine.api.processor_params import Phase, StandardOp
 from nanoengine.api.processors import LogitsProcessor, Need, ProcessorRows, RaggedColumn
 from nanoengine.core.step import ROW_BAD_LOGITS, ROW_FINE, ROW_NOTHING_LEFT
-from nanoengine.kernels import all_reduce, bitmask, sampling
+from nanoengine.kernels import all_reduce, bitmask, choice, sampling
 from nanoengine.kernels.draw import DrawColumns, draw_tokens
 from nanoengine.params.engine_plan import ProcessorPlan
 
@@ -127,7 +127,7 @@ class Sampler:
         needs: history that any processor reads.
         standard_columns: operation -> (processor, column), of processors that are nothing but standard operations; {}
             where two claim one operation.
-        tails: the kinds of tail that the kernels have.
+        tails: the kinds of tail that the kernels have. choice: which kernels are on.
     """
 
     def __init__(
@@ -136,15 +136,15 @@ class Sampler:
         vocab_size: int,
         *,
         fuse: bool,
-        kernels: bool = False,
+        kernels: choice.KernelChoice | None = None,
     ) -> None:
-        """`kernels`: draw by Triton kernels, where all that is left of a row's processors is standard operations."""
+        """`kernels`: draw by these Triton kernels, where only standard operations of a row's processors are left."""
         self._processors = sorted((_Processor.of(*each) for each in processors), key=lambda p: p.order)
-        self._vocab_size, self._fuse = vocab_size, fuse
+        self._vocab_size, self._fuse, self.choice = vocab_size, fuse, kernels or choice.BY_DEFAULT
         self._kernels: Any = None
         self._mask: Any = bitmask.mask_bits_
         self.tails: tuple[int, ...] = ()
-        if kernels:
+        if kernels is not None:
             from nanoengine.kernels import draw_triton
 
             self._kernels, self._mask, self.tails = draw_triton, draw_triton.mask_bits_, draw_triton.TAILS
@@ -249,7 +249,7 @@ class Sampler:
             self._kernels.answer(tp.highest(keys), tokens, failed)
         else:
             logits = tp.all_gather(logits)[:, : self._vocab_size]
-            self._kernels.sample(tail, logits, columns, tokens, failed, mask=mask)
+            self._kernels.sample(tail, logits, columns, tokens, failed, mask=mask, choice=self.choice)
 
     def _draw_by_kernels(
         self, logits: Tensor, rows: DrawRows, plan: DrawPlan, tops: Tensor | None

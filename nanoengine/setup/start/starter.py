@@ -92,9 +92,10 @@ class _Start:
     def run(self) -> tuple[ModelRunner, MemoryReport]:
         options = self.plan.options
         model_class: type[Model] = load_checked(self.loader, self.plan.model, Model)
+        self.choice = KernelChoice.of(options.kernels)
         ops = ops_for(
             self.device, fuse=options.fuse_kernels, attends_qkv=options.fuse_attention, products=options.fuse_products,
-            kernels=KernelChoice.of(options.kernels), cache=cache_root(),
+            kernels=self.choice, cache=cache_root(),
         )  # fmt: skip
         self.fused = ops.name == "triton"
         if self.device.type == "cuda":
@@ -200,7 +201,7 @@ class _Start:
         tables = SlotTables(slot_limits, [plan for plan, _ in processors.working], self.device, fused=self.fused)
         buffers = StepBuffers(limits, tables, self.backends)
         built.step.real = RealTokens(buffers.out.slot_mapping[0], limits.block_size)
-        kernels = self.fused and options.fuse_sampling
+        kernels = self.choice if self.fused and options.fuse_sampling else None
         sampler = Sampler(processors.working, vocab_size, fuse=options.fuse_sampling, kernels=kernels)
         capabilities, fused = self.backend_class.capabilities, self.fused
         sizes = capture_sizes(options, limits, capabilities, fused=fused, tail=fused, drafts=self.drafts)

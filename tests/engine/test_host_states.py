@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from nanoengine import LLM, RequestOutput, SamplingParams, build
+from nanoengine import LLM, RequestOutput, SamplingParams, build_engine
 from nanoengine.core import engine
 from nanoengine.core.engine import Engine
 from nanoengine.core.execution.executor import Call, InProcessExecutor
@@ -244,7 +244,7 @@ def test_forced_rows_are_no_longer_than_those_of_graphs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most: int
 ) -> None:
     """A step of longer ones would run eagerly. Too few to be worth it: none."""
-    monkeypatch.setattr(build, "_most_forced", lambda plan: most)
+    monkeypatch.setattr(build_engine, "_most_forced", lambda plan: most)
     asked, longest = prompts(4, seed=3), list[int]()
     book = Draft.book
 
@@ -271,7 +271,7 @@ def test_how_long_forced_rows_may_be(options: dict[str, Any], most: int) -> None
     tokens = options.pop("tokens", None)
     speculation = None if tokens is None else SimpleNamespace(tokens=tokens)
     plan: Any = SimpleNamespace(options=SimpleNamespace(**options), speculation=speculation)
-    assert build._most_forced(plan) == most
+    assert build_engine._most_forced(plan) == most
 
 
 @pytest.mark.parametrize("n", [1, 2])

@@ -110,7 +110,8 @@ def test_a_plan_survives_pickling_and_carries_no_class_of_a_plugin() -> None:
 
     plan = plan_of(discover(), "LlamaForCausalLM")
     assert Noting(io.BytesIO(pickle.dumps(plan))).load() == plan
-    assert set(named) == {"nanoengine.params.engine_plan", "nanoengine.params.engine_options", "nanoengine.api.specs"}
+    modules = ("params.engine_plan", "params.engine_options", "api.processor_params")
+    assert set(named) == {f"nanoengine.{module}" for module in modules}
 
 
 @pytest.mark.slow

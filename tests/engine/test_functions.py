@@ -133,6 +133,20 @@ def test_a_function_that_fails_ends_its_request_alone(llm: LLM, function: Any, s
         raise AssertionError(str(failed.error))
 
 
+def test_a_batched_function_that_returns_a_wrong_form_fails_all_its_requests(llm: LLM) -> None:
+    """Each is retried alone, where what it returns would have the right form."""
+
+    def first(prompts: list[list[int]], outputs: list[list[int]], logits: Tensor) -> Tensor:
+        return logits[:1]
+
+    params = GREEDY.replace(batch_logits_processor=first)
+    one, two, plain = llm.generate([[1], [2], [7]], [params, params, GREEDY], use_tqdm=False)
+    assert tokens_of([plain]) == [greedy([7], COUNT)]
+    for failed in (one, two):
+        assert failed.error is not None
+        assert "(2, 97), not torch.float32 (1, 97)" in str(failed.error)
+
+
 def test_states_go_with_their_requests(llm: LLM) -> None:
     llm.generate([[1], [2]], GREEDY.replace(logits_processors=[shifted], n=2), use_tqdm=False)
     gc.collect()

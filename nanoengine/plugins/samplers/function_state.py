@@ -41,11 +41,12 @@ class FunctionParams(ProcessorParams):
 
 
 class FunctionState(HostState):
-    """The tokens of a sample, and the functions that it wants."""
+    """The tokens of a sample, and the functions that it wants. failure: `batched` gave a wrong form."""
 
     def __init__(self, params: FunctionParams, prompt: list[int]) -> None:
         self.functions = [(each, _takes_prompt(each)) for each in params.logits_processors or ()]
         self.batched = params.batch_logits_processor
+        self.failure: ParamsError | None = None
         self.prompt, self._output, self._drafts = prompt, list[int](), list[int]()
         self.number = running().add(self)
 

@@ -23,6 +23,8 @@ class Functions(LogitsProcessor):
             if not number:
                 continue
             state = running().states[number]
+            if state.failure is not None:  # it is retried alone, and the form of one row may be right
+                raise state.failure
             for function, takes_prompt in state.functions:
                 given = (state.prompt, state.output(behind)) if takes_prompt else (state.output(behind),)
                 logits[row] = _called(function, *given, logits=logits[row])
@@ -32,7 +34,12 @@ class Functions(LogitsProcessor):
             own = [row for row, _, _ in members]
             prompts = [state.prompt for _, state, _ in members]
             outputs = [state.output(behind) for _, state, behind in members]
-            logits[own] = _called(function, prompts, outputs, logits=logits[own])
+            try:
+                logits[own] = _called(function, prompts, outputs, logits=logits[own])
+            except ParamsError as error:  # a wrong form; what it raises may be about one of the requests
+                for _, state, _ in members:
+                    state.failure = error
+                raise
         return logits
 
 

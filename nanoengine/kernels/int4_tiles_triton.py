@@ -90,12 +90,13 @@ def _pair(ptrs, wanted):
 @triton.jit
 def _step(
     codes_ptr, scales_ptr, zeros_ptr, tile, other, step, lane, wanted,
-    K: tl.constexpr, GROUP: tl.constexpr, WARPS: tl.constexpr, HAS_ZEROS: tl.constexpr,
+    K: tl.constexpr, GROUP: tl.constexpr, WHOLE: tl.constexpr, HAS_ZEROS: tl.constexpr,
 ):  # fmt: skip
-    """What a thread has of 128 inputs of the two tiles: codes; scales; zeros (scales where there are none)."""
+    """What a thread has of 128 inputs of the two tiles: codes; scales; zeros (scales where there are none). WHOLE: no
+    warp asks for a step that is not there."""
     steps: tl.constexpr = K // 128
     groups: tl.constexpr = K // GROUP
-    if steps % WARPS:  # of a step that is not there: any codes, for x that is 0
+    if not WHOLE:  # of a step that is not there: any codes, for x that is 0
         wanted = wanted & (step < steps)
         step = tl.where(step < steps, step, steps - 1)
     wanted = tl.broadcast_to(wanted, lane.shape)
@@ -223,6 +224,7 @@ def _tiles_kernel(
     they are to be in L2."""
     steps: tl.constexpr = K // 128
     each: tl.constexpr = (steps + WARPS * AHEAD - 1) // (WARPS * AHEAD) * AHEAD  # of a warp
+    whole: tl.constexpr = each * WARPS == steps
     thread = tl.arange(0, 32 * WARPS)
     lane, warp = thread % 32, thread // 32
     words_ptr = codes_ptr.to(tl.pointer_type(tl.int32))
@@ -232,7 +234,7 @@ def _tiles_kernel(
     for j in tl.static_range(AHEAD):
         codes = codes + _step(
             words_ptr, scales_ptr, zeros_ptr, tile, other, j * WARPS + warp, lane, first < UNITS,
-            K, GROUP, WARPS, HAS_ZEROS,
+            K, GROUP, whole, HAS_ZEROS,
         )  # fmt: skip
     row: tl.constexpr = steps * 256  # words of a row of tiles
     if PDL and FAR:
@@ -268,7 +270,7 @@ def _tiles_kernel(
                 y = _added(codes, x, y, BLOCK_T, BASE, HAS_ZEROS, PRODUCTS, SUMS)
                 codes = codes[12:] + _step(
                     words_ptr, scales_ptr, zeros_ptr, next_tile, next_other, (next_start + j) * WARPS + warp, lane,
-                    wanted, K, GROUP, WARPS, HAS_ZEROS,
+                    wanted, K, GROUP, whole, HAS_ZEROS,
                 )  # fmt: skip
         tile, other = behind_tile, behind_other
         acc = sums_of_rows(y, y, WARPS, BLOCK_T, GATED)

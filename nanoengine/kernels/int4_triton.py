@@ -134,7 +134,7 @@ def word_rows(codes_ptr, row, K: tl.constexpr, TILED: tl.constexpr):
 
 @triton.jit
 def word_at(k, TILED: tl.constexpr):
-    """From the first words of a row to those of input k, a multiple of 64, in tiles of 128; words of as many inputs are
+    """From the first words of a row to those of input k, in tiles a multiple of 128; words of as many inputs are
     neighbours."""
     return 4 * k if TILED else k // 4
 

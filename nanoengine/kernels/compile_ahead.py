@@ -36,6 +36,7 @@ def compiling_ahead() -> Iterator[None]:
     """
     import triton
     from triton.runtime import Autotuner, JITFunction
+    from triton.runtime._async_compile import active_mode
 
     with _one:
         token = _seen.set(set())
@@ -43,12 +44,12 @@ def compiling_ahead() -> Iterator[None]:
         JITFunction.run, Autotuner.run = _compiled(launch), _untuned(tune)
         try:
             threads = min(_THREADS, os.cpu_count() or 1)
-            # With errors raised at its end, the mode would stay on (triton 3.7).
             with ThreadPoolExecutor(threads) as pool, triton.AsyncCompileMode(pool, ignore_errors=True):
                 yield
         finally:
             JITFunction.run, Autotuner.run = launch, tune
             _seen.reset(token)
+            active_mode.set(None)  # it stays on where its end raises (triton 3.7), as Ctrl-C does there
 
 
 def _compiled(launch: Callable[..., Any]) -> Callable[..., Any]:

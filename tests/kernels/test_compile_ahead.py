@@ -83,6 +83,7 @@ out = dict(inside=inside, ahead=ahead, later=len(compiled) - len(ahead), launche
 
 
 def test_other_threads_launch_as_ever_meanwhile_or_wait_to_compile_ahead_too() -> None:
+    """And this one behind a Ctrl-C."""
     out = there("""
 before = triton.runtime.JITFunction.run
 entered, left = threading.Event(), threading.Event()
@@ -103,9 +104,19 @@ with compiling_ahead():
     early = entered.wait(0.1)
 left.set()
 second.join()
+
+def interrupted(futures):
+    raise KeyboardInterrupt
+
+triton.runtime._async_compile.as_completed = interrupted
+try:
+    with compiling_ahead():
+        launch(torch.bfloat16)
+except KeyboardInterrupt:
+    launch(torch.bfloat16, "gelu_tanh")
 out = [launches, early, triton.runtime.JITFunction.run is before]
 """)
-    assert out == [["MainThread", "other"], False, True]
+    assert out == [["MainThread", "other", "MainThread"], False, True]
 
 
 def test_a_kernel_that_does_not_compile_says_so_when_it_is_launched() -> None:

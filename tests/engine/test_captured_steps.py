@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -262,6 +263,17 @@ def test_only_steps_whose_graph_cannot_be_captured_are_eager(
     assert captured[f"replay {missing.split()[1]}"] == 0
     assert stats.uncaptured_steps > 0
     assert stats.steps_broken == stats.steps_withdrawn == 0
+
+
+def test_what_is_compiled_between_steps_writes_k_and_v_to_the_dummy_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A backend may write them without Triton, and the kernel that says where does not run: the step before did."""
+    made, mapping, seen = object.__new__(setup_capture._Capture), torch.tensor([[48, 49]]), list[Any]()
+    made.device, out = torch.device("cuda"), SimpleNamespace(slot_mapping=mapping)
+    made._finish = SimpleNamespace(tables=SimpleNamespace(flush=lambda: None))  # type: ignore[assignment]
+    made._graphs = SimpleNamespace(buffers=SimpleNamespace(out=out))  # type: ignore[assignment]
+    monkeypatch.setattr(setup_capture, "compiling_ahead", nullcontext)
+    made.compile_ahead(lambda: seen.append(mapping.tolist()))
+    assert seen == [[[0, 0]]]
 
 
 def test_rows_with_drafts_on_attention_kernels(

@@ -18,6 +18,7 @@ from nanoengine.api.model import ForwardBatch
 from nanoengine.core.execution.runner import ModelRunner
 from nanoengine.core.execution.step_inputs import StepSize
 from nanoengine.kernels.draw import DrawColumns
+from nanoengine.setup.start import capture
 
 from .support import ON_GPU, need, runner_of, write_wide
 
@@ -141,6 +142,27 @@ def test_replays_are_the_eager_steps(tmp_path: Path, mode: str, kind: str, dtype
     assert watch.seen["tail"] + watch.seen["mixed tail"] == stats.graph_tails
     assert watch.seen["mixed"] == stats.mixed_graph_steps
     assert (watch.seen["mixed"] > 5) == (watch.seen["mixed tail"] > 5) == (mode == "triton")
+
+
+@pytest.mark.parametrize("mode", ["triton", "flash_attn"])
+def test_what_is_compiled_in_front_of_a_capture_leaves_the_cache_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    """But the dummy block: flash_attn writes K and V without Triton, whose kernels do not run meanwhile."""
+    compile_ahead, same = capture._Capture.compile_ahead, list[bool]()
+
+    def watched(self: Any, run: Any) -> None:
+        kept = [cache for backend in backends for cache in backend._kv]
+        before = [cache[:, 1:].clone() for cache in kept]
+        compile_ahead(self, run)
+        same.append(all(torch.equal(a, b[:, 1:]) for a, b in zip(before, kept, strict=True)))
+
+    with make(tmp_path, "qwen3", mode, "bfloat16", lazy=True) as llm:
+        backends: Any = runner_of(llm).backends
+        monkeypatch.setattr(capture._Capture, "compile_ahead", watched)
+        churn(llm)
+    assert len(same) > 5
+    assert all(same)
 
 
 def test_weights_that_moved_are_caught(tmp_path: Path) -> None:

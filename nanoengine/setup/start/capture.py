@@ -131,13 +131,15 @@ class _Capture:
             graphs.tail = CapturedTail(finish, graphs.buffers, max(size.logits for size in self.sizes))
 
     def compile_ahead(self, run: Callable[[], None]) -> None:
-        """Triton's kernels of `run` are compiled in parallel, and not run.
+        """Triton's kernels of `run` are compiled in parallel, and not run; all else runs.
 
-        The static buffers keep what kernels wrote before, so indices in them are valid.
+        The static buffers keep what kernels wrote before, so indices in them are valid. But what a backend writes to
+        the cache without Triton goes to the dummy block, as what the step before has there is a request's.
         """
         if self.device.type != "cuda" or importlib.util.find_spec("triton") is None:
             return
         self._finish.tables.flush()  # what a run sends to the tables would be lost
+        self._graphs.buffers.out.slot_mapping.zero_()
         try:
             with compiling_ahead():
                 run()

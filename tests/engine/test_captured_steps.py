@@ -336,8 +336,8 @@ def test_masks_that_come_late_and_the_draw_behind_them(
     on: bool,
 ) -> None:
     """No late step that is replayed ends eagerly. A tail that cannot be captured runs launch by launch. on: the kernels
-    and the copy that masks have by default; all draw the same."""
-    made, tried, graphs = setup_capture._Capture._made, list[Any](), set[Any]()
+    and the copy that masks have by default; all draw the same. What differs with the number of rows ran before."""
+    made, tried, graphs, dry = setup_capture._Capture._made, list[Any](), set[Any](), Counter[Any]()
     draw, in_scan, beside = sampling_triton.sample, Counter[bool](), list[bool]()
 
     def capture(self: Any, run: Any) -> Any:
@@ -347,6 +347,9 @@ def test_masks_that_come_late_and_the_draw_behind_them(
                 raise RuntimeError("not in a capture")
             graphs.add(run.args)
         return made(self, run)
+
+    def dry_run(self: Any, size: StepSize, kind: int, logits: Tensor, *, masked: bool = False) -> None:
+        dry[size.rows, kind] += 1 + masked
 
     def sample(*args: Any, **given: Any) -> None:
         masked = given["mask"] is not None
@@ -359,6 +362,7 @@ def test_masks_that_come_late_and_the_draw_behind_them(
         return CopiedBeside(*args, **given)
 
     monkeypatch.setattr(setup_capture._Capture, "_made", capture)
+    monkeypatch.setattr(setup_capture._Capture, "_run_tail", dry_run)
     monkeypatch.setattr(sampling_triton, "sample", sample)
     monkeypatch.setattr(finish_step, "CopiedBeside", copied)
     sizes = CaptureSizes((StepSize(4), StepSize(4, 32)), tail=True, inputs=True)
@@ -367,6 +371,7 @@ def test_masks_that_come_late_and_the_draw_behind_them(
     assert late_wanted[3] == "nothing_left"
     found, stats = late_outputs(tmp_path, kernels={} if on else {"mask_in_scan": False, "masks_beside": False})
     assert found == late_wanted
+    assert dry == dict.fromkeys(product((4, 12), range(3)), 3)  # without a mask, and behind one
     assert (set(in_scan), beside) == ({on}, [on])
     assert in_scan[on] > 3
     assert stats.graph_tails == stats.graph_steps + stats.mixed_graph_steps > 4

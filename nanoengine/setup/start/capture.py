@@ -158,10 +158,8 @@ class _Capture:
                 key = (size.rows, size.plain, size.query_len, kind)  # kernels of tails depend on nothing else
                 if key not in tried:
                     self._run_tail(size, kind, logits)
-                    few = kinds is None and size.logits <= MASKED_DRAWS and self._finish.tp.size == 1
-                    if few and (kind, "masked") not in tried:
+                    if kinds is None and size.logits <= MASKED_DRAWS and self._finish.tp.size == 1:
                         self._run_tail(size, kind, logits, masked=True)
-                        tried.add((kind, "masked"))
                 tried.add(key)
 
     def _run_tail(self, size: StepSize, kind: int, logits: Tensor, *, masked: bool = False) -> None:

@@ -332,8 +332,9 @@ def _assembly_for(x: Tensor) -> str | None:
 
 def takes_streamed(w: EightBit, rows: int) -> bool:
     """Whether it is on, and the weight is one that it reads: FP8, of inputs that are quantised, and of whole parts."""
-    k = w.weight.shape[-1]
-    whole = k % _BYTES == 0 and (w.group_of_all or (w.columns % _PART == 0 and w.columns & (w.columns - 1) == 0))
+    k, columns = w.weight.shape[-1], w.columns
+    parts = _PART <= columns <= 32 * _BYTES and columns & (columns - 1) == 0  # no group is longer than a warp's inputs
+    whole = k % _BYTES == 0 and (w.group_of_all or parts)
     fp8 = w.weight.dtype == torch.float8_e4m3fn and w.inputs != "plain"
     return w.streamed and 1 <= rows <= MAX_ROWS and fp8 and whole
 

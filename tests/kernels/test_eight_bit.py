@@ -331,6 +331,8 @@ class TestStreamed:
                 eight_bit_triton.product_added(w, x[:rows], None, rand(rows, 32))
                 eight_bit_triton.norm_product(w, x[:rows], None, rand(64), EPS)
         assert ran == [1, 1, 1]
+        wide = replace(weight(FP8, 16, 64, inputs="group", columns=1024), streamed=True)  # a program has 512 inputs
+        assert not eight_bit_streamed_triton.takes_streamed(wide, 1)
 
     @pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the tests above run the assembly")
     def test_products_of_the_assembly_agree(self, weight, assert_close, monkeypatch) -> None:

@@ -67,7 +67,11 @@ class CopiedBeside:
         self.there = torch.full(shape, value, dtype=torch.int32, device=device)
         self._sent = torch.full(shape, value, dtype=torch.int32, pin_memory=on_gpu)
         self.host: npt.NDArray[np.int32] = self._sent.numpy()
-        self.stream = torch.cuda.Stream(device) if on_gpu and beside else None  # type: ignore[no-untyped-call]
+        self.stream: torch.cuda.Stream | None = None
+        if on_gpu and beside:
+            self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+            self.stream.wait_stream(torch.cuda.current_stream(device))  # which fills `there`
+            self.there.record_stream(self.stream)  # its memory is no one else's before the last copy is done
         self._device = device
         self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
 

@@ -1,6 +1,7 @@
-"""Compiles what the wrappers of quantised weights and caches launch, for compute capability 9.0 on any machine: with
-the sizes of Qwen3-8B in bfloat16, or smaller ones where sizes change nothing. Prints one line a launch that cannot be
-compiled, and how many were. Triton must not be interpreting. --all: every variant, not one of each kind."""
+"""Compiles what the wrappers of quantised weights and caches launch, and draws behind masks, for compute capability 9.0
+on any machine: with the sizes of Qwen3-8B in bfloat16, or smaller ones where sizes change nothing. Prints one line a
+launch that cannot be compiled, and how many were. Triton must not be interpreting. --all: every variant, not one of
+each kind."""
 
 from __future__ import annotations
 
@@ -196,10 +197,23 @@ def caches(every: bool) -> Iterator[Launch]:
         yield f"{name} store", partial(attention.store_kv, new, new, cache, cache, slots, scales)
 
 
+def masked_draws(every: bool) -> Iterator[Launch]:
+    from nanoengine.kernels import sampling_triton
+
+    kinds = [*product((1, 32, 64), sampling_triton.Tail)] if every else [(1, sampling_triton.Tail.TEMPERATURE)]
+    for rows, tail in kinds:
+        columns: dict[str, Any] = dict.fromkeys(("greedy", "top_k", "positions", "at"), rand(rows, dtype=torch.int32))
+        columns |= dict.fromkeys(("temperature", "top_p", "min_p"), rand(rows, dtype=torch.float32))
+        columns |= dict.fromkeys(("seeds", "sample_index"), rand(rows, dtype=torch.int64))
+        out, mask = (rand(rows, dtype=torch.int64), rand(rows, dtype=torch.int32)), rand(rows, 1000, dtype=torch.int32)
+        draw = partial(sampling_triton.sample, rand(rows, 32_000), tail, *out, early=True, mask=mask, **columns)
+        yield f"draw behind a mask x{rows} {tail.name}", draw
+
+
 def main() -> None:
     only_compile()
     every, failed = "--all" in sys.argv, 0
-    for kind in (eight_bit, int4, int4_for_hopper, gguf, fragments, caches):
+    for kind in (eight_bit, int4, int4_for_hopper, gguf, fragments, caches, masked_draws):
         for name, launch in kind(every):
             try:
                 launch()

@@ -1,6 +1,6 @@
-"""What the wrappers of quantised weights and caches launch is compiled for a Hopper GPU on any machine, as a kernel
-that is right in the interpreter need not compile. `python tests/kernels/compile_variants.py --all` compiles five times
-as many: every type, number of rows and option."""
+"""What the wrappers of quantised weights and caches launch, and draws behind masks, is compiled for a Hopper GPU on any
+machine, as a kernel that is right in the interpreter need not compile. `python tests/kernels/compile_variants.py --all`
+compiles five times as many: every type, number of rows and option."""
 
 from __future__ import annotations
 

@@ -198,6 +198,23 @@ def test_white_space_is_that_of_json() -> None:
     assert not accepts(compiled("grammar", f"start: %json {json.dumps(own)}"), '{\u3000"a": 1}')
 
 
+def test_separators_of_a_schema_are_those_of_json() -> None:
+    """And more white space. llguidance would look for the end of one that takes what must follow it."""
+    schema = {"type": "object", "properties": {"a": {"const": [1, 1]}}, "required": ["a"]}
+    own = {**schema, "x-guidance": {"item_separator": ", ", "key_separator": ":\\s?"}}
+    for grammar in (
+        compiled("json", own, any_whitespace=False),
+        compiled("grammar", f"start: %json {json.dumps(own)}"),
+    ):
+        assert accepts(grammar, '{"a": [1, 1]}')
+        assert not accepts(grammar, '{"a":\u3000[1, 1]}')
+    for name, pattern in (("item_separator", "1+"), ("key_separator", '"+'), ("whitespace_pattern", "1+")):
+        own = {**schema, "x-guidance": {name: pattern}}
+        for kind, text in (("json", own), ("grammar", f"start: %json {json.dumps(own)}")):
+            with pytest.raises(GrammarError, match=name):
+                compiled(kind, text)
+
+
 def test_a_special_token_can_be_a_trigger() -> None:
     tokenizer = byte_tokenizer()
     tokenizer.add_special_tokens(["<call>"])

@@ -8,9 +8,9 @@ from __future__ import annotations
 import json
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from llguidance import LLExecutor, LLMatcher, LLTokenizer
 
@@ -29,7 +29,12 @@ if TYPE_CHECKING:
 
 _NO_FORCING = '\n%llguidance {"no_forcing": true}\n'
 """Without it llguidance looks for the text that must come next up to its end, and there may be none. For `start: A "a"`
-with `A: /a+/`, which takes each "a", it would look for ever. Only a user's grammar can have that."""
+with `A: /a+/`, which takes each "a", it would look for ever. Besides a user's grammar only a schema's separators could
+have that, which are those of JSON."""
+_MARKS: Mapping[Literal["whitespace_pattern", "item_separator", "key_separator"], str] = {
+    "whitespace_pattern": "", "item_separator": ",", "key_separator": ":"
+}  # fmt: skip
+"""What the patterns of a schema's "x-guidance" have besides white space."""
 _NO_TEXT = "NoExtensionBias"  # what llguidance calls a grammar that allows no text
 _REFUSED = ("doesn't satisfy the grammar", "; no error message")  # no token follows the end of the grammar
 _MOST_THREADS = 8
@@ -81,36 +86,40 @@ class LLGuidance(GrammarBackend):
         """A schema in a grammar of a user, with the user's white space."""
         given = schema.get("x-guidance")
         options = {**(given if isinstance(given, dict) else {}), **self._options(schema)}
-        if isinstance(options.get("whitespace_pattern"), str):
-            options["whitespace_pattern"] = self._space(options["whitespace_pattern"])
         return {**exact(schema), "x-guidance": options}
 
     def _options(self, schema: Any, constraint: Constraint | None = None) -> JsonCompileOptions:
-        """Options that a schema cannot change. It could ask in "x-guidance" to be read leniently, which is weaker.
+        """Options that a schema cannot change. It could ask in "x-guidance" to be read leniently, which is weaker; and
+        what it says there of white space and separators may match nothing that is not JSON's.
 
         constraint: whose white space the schema has; None: the schema's own.
         """
         options: JsonCompileOptions = {"lenient": False, "coerce_one_of": False}
         options["json_allowed_escapes"] = allowed_escapes(schema)
+        given = schema.get("x-guidance") if isinstance(schema, dict) else None
+        for name, mark in _MARKS.items():
+            if isinstance(given, dict) and isinstance(given.get(name), str):
+                options[name] = self._json_text(name, given[name], mark)
         if constraint is not None:
             options["whitespace_flexible"] = constraint.any_whitespace
             if constraint.whitespace_pattern is not None:
-                options["whitespace_pattern"] = self._space(constraint.whitespace_pattern)
+                options["whitespace_pattern"] = self._json_text("whitespace_pattern", constraint.whitespace_pattern)
         return options
 
-    def _space(self, pattern: str) -> str:
-        """A pattern of white space for JSON. Raises `ValueError` for one that matches anything else."""
-        space = json_space(_complete(pattern))
-        other = "start: OTHER\nOTHER: /(?:" + space.replace("/", r"\/") + r")/ & ~/[ \t\r\n]*/"
+    def _json_text(self, name: str, pattern: str, mark: str = "") -> str:
+        """A pattern of JSON's white space, around this mark. Raises `ValueError` for one that matches anything else."""
+        text, space = json_space(_complete(pattern)), r"[ \t\r\n]*"
+        other = "start: OTHER\nOTHER: /(?:" + text.replace("/", r"\/") + f")/ & ~/{space}{mark}{space}/"
         matcher = LLMatcher(self._tokenizer, LLMatcher.grammar_from_lark(other), log_level=0)
         if matcher.is_error():
-            raise ValueError(f"whitespace_pattern: {_first_part(matcher.get_error())}")
+            raise ValueError(f"{name}: {_first_part(matcher.get_error())}")
         matcher.compute_bitmask()
         if _NO_TEXT not in matcher.get_error():
+            around = f"{mark!r} with " if mark else ""
             raise ValueError(
-                f"whitespace_pattern {pattern!r:.80} must match spaces, \\t, \\n and \\r alone, as JSON has them"
+                f"{name} {pattern!r:.80} must match {around}spaces, \\t, \\n and \\r alone, as JSON has them"
             )
-        return space
+        return text
 
     def _lark_of(self, tags: Tags, constraint: Constraint) -> str:
         """Free text in which each trigger begins one of its tags; or tags with a separator between them."""

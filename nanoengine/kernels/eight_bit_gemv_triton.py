@@ -16,6 +16,7 @@ from torch import Tensor
 from nanoengine.kernels.activation import Activation
 from nanoengine.kernels.activation_triton import act_mul
 from nanoengine.kernels.eight_bit import EightBit
+from nanoengine.kernels.eight_bit_row import RowProduct
 from nanoengine.kernels.pdl_triton import pdl_options, release_dependents, wait_for_inputs
 from nanoengine.kernels.quantise_triton import codes_of, groups_of, normed_row
 
@@ -141,26 +142,14 @@ def gemv(
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The product, of x normalised first if there is a norm, and the residual stream."""
-    rows, k = x.shape
-    outputs = len(w.weight) // 2 if gate else len(w.weight)
-    assert x.stride(1) == 1 and w.weight.is_contiguous() and w.scale.is_contiguous(), (x.stride(), w)
-    assert out is None or (out.shape == (rows, outputs) and out.is_contiguous()), (out, outputs)
-    y = torch.empty(rows, outputs, dtype=x.dtype, device=x.device) if out is None else out
-    total = x if residual is None else torch.empty(rows, k, dtype=x.dtype, device=x.device)
-    block_k = groups_of(w)[0]
-    group = min(block_k, w.columns) if w.columns < k or w.inputs == "group" else block_k
-    tile = gemv_tile(block_k, gated=gate is not None)
-    source = x if residual is None else residual
-    spare = w.scale
-    _gemv_kernel[(triton.cdiv(outputs, tile.block_n),)](
-        x, source, norm_weight if norm_weight is not None else x,
-        w.input_scale if w.input_scale is not None else spare, w.bound if w.bound is not None else spare,
-        w.weight, w.scale, bias if bias is not None else x, add if add is not None else x, y, total,
-        x.stride(0), source.stride(0), 0 if add is None else add.stride(0), eps,
-        T=rows, N=outputs, K=k, BLOCK_N=tile.block_n,
-        GROUPS=block_k // group, GROUP=group, SCALE_ROWS=w.rows, SCALE_COLUMNS=w.scale.shape[1],
-        INPUTS=w.inputs, INT8=w.weight.dtype == torch.int8, HAS_BOUND=w.bound is not None,
-        GATED=gate is not None, ACTIVATION=gate, NORM=norm_weight is not None, HAS_RESIDUAL=residual is not None,
-        HAS_BIAS=bias is not None, HAS_ADD=add is not None, num_warps=tile.warps, **pdl_options(x),
+    launch = RowProduct(
+        w, x, bias, residual=residual, norm_weight=norm_weight, eps=eps, gate=gate, add=add, out=out
     )  # fmt: skip
-    return y, total
+    block_k = groups_of(w)[0]
+    group = min(block_k, w.columns) if w.columns < x.shape[1] or w.inputs == "group" else block_k
+    tile = gemv_tile(block_k, gated=gate is not None)
+    _gemv_kernel[(triton.cdiv(launch.outputs, tile.block_n),)](
+        *launch.arguments, **launch.constants, BLOCK_N=tile.block_n, GROUPS=block_k // group, GROUP=group,
+        INT8=w.weight.dtype == torch.int8, num_warps=tile.warps, **pdl_options(x),
+    )  # fmt: skip
+    return launch.y, launch.total

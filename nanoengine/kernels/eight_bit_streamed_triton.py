@@ -22,6 +22,7 @@ from torch import Tensor
 from nanoengine.kernels.activation import Activation
 from nanoengine.kernels.activation_triton import act_mul
 from nanoengine.kernels.eight_bit import EightBit
+from nanoengine.kernels.eight_bit_row import RowProduct
 from nanoengine.kernels.gguf_fragment_parts_triton import split4, words_at
 from nanoengine.kernels.matvec_parts_triton import load_if
 from nanoengine.kernels.pdl_triton import pdl_options, release_dependents, wait_for_inputs
@@ -353,26 +354,14 @@ def streamed(
     tile: StreamedTile | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The product, of x [up to some rows, K] normalised first if there is a norm, and the residual stream."""
-    rows, k = x.shape
-    outputs = len(w.weight) // 2 if gate else len(w.weight)
-    assert x.stride(1) == 1 and w.weight.is_contiguous() and w.scale.is_contiguous(), (x.stride(), w)
-    assert residual is None or residual.stride(1) == 1, residual
-    assert out is None or (out.shape == (rows, outputs) and out.is_contiguous()), (out, outputs)
-    y = torch.empty(rows, outputs, dtype=x.dtype, device=x.device) if out is None else out
-    total = x if residual is None else torch.empty(rows, k, dtype=x.dtype, device=x.device)
-    tile = tile or streamed_tile(outputs, k, gated=gate is not None)
-    assert tile.programs * tile.steps * tile.pairs * (1 if gate else 2) >= outputs, (tile, outputs)
-    source, spare = x if residual is None else residual, w.scale
+    launch = RowProduct(
+        w, x, bias, residual=residual, norm_weight=norm_weight, eps=eps, gate=gate, add=add, out=out
+    )  # fmt: skip
+    tile = tile or streamed_tile(launch.outputs, x.shape[1], gated=gate is not None)
+    assert tile.programs * tile.steps * tile.pairs * (1 if gate else 2) >= launch.outputs, (tile, launch.outputs)
     _streamed_kernel[(tile.programs,)](
-        x, source, norm_weight if norm_weight is not None else x,
-        w.input_scale if w.input_scale is not None else spare, w.bound if w.bound is not None else spare,
-        w.weight, w.scale, bias if bias is not None else x, add if add is not None else x, y, total,
-        x.stride(0), source.stride(0), 0 if add is None else add.stride(0), eps,
-        T=rows, N=outputs, K=k, PAIRS=tile.pairs, STEPS=tile.steps, CHUNKS=tile.chunks,
-        GROUP=0 if w.group_of_all else w.columns, SCALE_ROWS=w.rows, SCALE_COLUMNS=w.scale.shape[1],
-        INPUTS=w.inputs, HAS_BOUND=w.bound is not None, CAST=x.is_cuda,
-        GATED=gate is not None, ACTIVATION=gate, NORM=norm_weight is not None, HAS_RESIDUAL=residual is not None,
-        HAS_BIAS=bias is not None, HAS_ADD=add is not None,
+        *launch.arguments, **launch.constants, PAIRS=tile.pairs, STEPS=tile.steps, CHUNKS=tile.chunks,
+        GROUP=0 if w.group_of_all else w.columns, CAST=x.is_cuda,
         WARPS=tile.warps, ASM=_assembly_for(x), num_warps=tile.warps, **pdl_options(x),
     )  # fmt: skip
-    return y, total
+    return launch.y, launch.total

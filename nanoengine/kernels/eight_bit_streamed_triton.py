@@ -141,12 +141,12 @@ def _quantised(
     if INPUTS != "group":
         for i in tl.static_range(CHUNKS):
             most = tl.maximum(most, tl.max(tl.abs(x[i]), 1))
-            off += tl.sum(x[i] - x[i], 1)
+            off += tl.sum(x[i] * 0.0, 1)
         most, off = most * 0 + tl.max(most, 0), off * 0 + tl.sum(off, 0)
     for i in tl.static_range(CHUNKS):
         if INPUTS == "group":
             most = _in_group(tl.max(tl.abs(x[i]), 1), GROUP, True)
-            off = _in_group(tl.sum(x[i] - x[i], 1), GROUP, False)
+            off = _in_group(tl.sum(x[i] * 0.0, 1), GROUP, False)
         scale = scale_of(most, off, input_scale_ptr, bound_ptr, INPUTS, False, HAS_BOUND, False)
         codes = _codes(x[i], scale[:, None], False, INPUTS == "tensor" or HAS_BOUND, CAST)
         if CAST:

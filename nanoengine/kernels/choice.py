@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 KernelName = Literal[
-    "attention_codes", "eight_bit_streamed", "int4_gluon", "int4_tiles", "mask_in_scan", "masks_beside"
+    "attention_codes", "eight_bit_streamed", "int4_gluon", "int4_tiles", "mask_in_scan", "masks_beside",
+    "matvec_streamed",
 ]  # fmt: skip
 KERNELS: Mapping[KernelName, bool] = {
     "attention_codes": True,  # K and V in eight bits by wgmma on Hopper GPUs; else by the decode kernel in Triton
@@ -16,6 +17,7 @@ KERNELS: Mapping[KernelName, bool] = {
     "int4_tiles": False,  # codes lie as tensor cores take them, for up to 8 rows; else row by row
     "mask_in_scan": True,  # a captured draw masks and checks logits as it first reads them; else kernels in front of it
     "masks_beside": True,  # late masks are copied on a stream of their own; else on that of the steps
+    "matvec_streamed": False,  # one row times a large weight passes through rings of shared memory; else registers
 }
 """Whether each is on by default. What reads a name: `KernelChoice.has`."""
 

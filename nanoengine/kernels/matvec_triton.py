@@ -1,6 +1,6 @@
 """Matrix products of few rows, which read every weight once: the time of a decode step at small batch.
 
-Four kernels, of which the number of rows and the shape choose one (`tile_for`):
+Of four kernels the number of rows and the shape choose one (`tile_for`):
 
 - without tensor cores, for one or two rows (here): each program holds whole rows of the weight in registers, loaded
   before it waits for the kernel in front (see `pdl_triton`); sums in float32;
@@ -8,7 +8,8 @@ Four kernels, of which the number of rows and the shape choose one (`tile_for`):
 - by tensor cores in pipelined tiles (`matvec_skinny_triton`);
 - the same for large weights, with helpers in kernels of their own (`matvec_large_triton`).
 
-The norm in front, the gate and the residual stream behind are part of the first three: one launch a product.
+The norm in front, the gate and the residual stream behind are part of the first three: one launch a product. And of a
+fifth, for one row and a large weight (`matvec_streamed_triton`), where `engine.kernels` has it on.
 """
 
 # mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls
@@ -30,6 +31,8 @@ from nanoengine.kernels.matvec_held_triton import HeldTile, held
 from nanoengine.kernels.matvec_large_triton import LargeTile, large, large_tile
 from nanoengine.kernels.matvec_parts_triton import check, pin, result
 from nanoengine.kernels.matvec_skinny_triton import SkinnyTile, skinny
+from nanoengine.kernels.matvec_streamed_triton import streamed
+from nanoengine.kernels.matvec_streamed_triton import tile_of as streamed_tile_of
 from nanoengine.kernels.pdl_triton import pdl_options, release_dependents, wait_for_inputs
 from nanoengine.kernels.rms_norm_triton import add_rms_norm
 
@@ -198,17 +201,22 @@ def matvec(
     add: Tensor | None = None,
     out: Tensor | None = None,
     tickets: Tensor | None = None,
+    streams: bool = False,
 ) -> Tensor:
     """As `matvec.matvec`, for up to `MAX_ROWS` rows.
 
-    `out`: contiguous; where the result goes. `tickets`: see `split_k_triton.tickets_on`.
+    `out`: contiguous; where the result goes. `tickets`: see `split_k_triton.tickets_on`. `streams`: whether
+    `matvec_streamed_triton` is on.
     """
     rows, k = x.shape
     assert rows <= MAX_ROWS, rows
     outputs = len(weight) // 2 if gate else len(weight)
     if rows == 0:
         return result(x, outputs, out)
-    tile = tile_for(rows, outputs, k, gated=gate is not None, itemsize=x.element_size())
+    shape: dict[str, Any] = {"gated": gate is not None, "itemsize": x.element_size()}
+    if streams and (ring := streamed_tile_of(rows, outputs, k, **shape)):
+        return streamed(x, weight, bias, gate=gate, add=add, out=out, tile=ring)
+    tile = tile_for(rows, outputs, k, **shape)
     if isinstance(tile, GemvTile):
         return gemv(x, weight, bias, gate=gate, add=add, out=out, tile=tile)[0]
     if isinstance(tile, HeldTile):
@@ -228,6 +236,7 @@ def norm_matvec(
     *,
     gate: Activation | None = None,
     tickets: Tensor | None = None,
+    streams: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """As `matvec.norm_matvec`. The norm's scale is applied to the sums; x times its weight is rounded for tensor cores.
 
@@ -238,8 +247,11 @@ def norm_matvec(
     rows, k = x.shape
     assert rows <= MAX_ROWS, rows
     outputs = len(weight) // 2 if gate else len(weight)
-    tile = tile_for(rows, outputs, k, gated=gate is not None, itemsize=x.element_size())
+    shape: dict[str, Any] = {"gated": gate is not None, "itemsize": x.element_size()}
     around: dict[str, Any] = {"gate": gate, "norm_weight": norm_weight, "eps": eps}
+    if streams and residual is None and (ring := streamed_tile_of(rows, outputs, k, **shape)):
+        return streamed(x, weight, bias, tile=ring, **around), x
+    tile = tile_for(rows, outputs, k, **shape)
     if isinstance(tile, GemvTile) and (rows == 1 or weight.numel() <= _FUSED_NORM_MAX_WEIGHTS):
         return gemv(x, weight, bias, residual=residual, tile=tile, **around)
     if rows and residual is None:

@@ -196,6 +196,7 @@ class TritonOps(Ops):
         self._products = matmul_launch.Products() if products else None
         self.prepares_norms = products
         self._ahead = Ahead()
+        self._streams = kernels.has("matvec_streamed")
 
     def embedding(self, ids: Tensor, weight: Tensor) -> Tensor:
         return self._embedding(ids, weight) if ids.dim() == 1 else super().embedding(ids, weight)
@@ -216,7 +217,8 @@ class TritonOps(Ops):
         if self._products is not None and self._products.takes(x, weight, bias):
             return self._products(x, weight, out=out)[0]
         if self._few(x, weight):
-            return self._matvec.matvec(x, weight, bias, out=out, tickets=self._tickets_on(x.device))
+            tickets = self._tickets_on(x.device)
+            return self._matvec.matvec(x, weight, bias, out=out, tickets=tickets, streams=self._streams)
         if out is None:
             return F.linear(x, weight, bias)
         columns = weight.t()
@@ -251,7 +253,9 @@ class TritonOps(Ops):
                 return self._products(normed, weight, gate=gate)[0], total
         if self._few(x, weight):
             tickets = self._tickets_on(x.device)
-            return self._matvec.norm_matvec(x, residual, norm_weight, eps, weight, bias, gate=gate, tickets=tickets)
+            return self._matvec.norm_matvec(
+                x, residual, norm_weight, eps, weight, bias, gate=gate, tickets=tickets, streams=self._streams
+            )
         return super().norm_linear(x, residual, norm_weight, eps, weight, bias, gate=gate)
 
     def linear_add(
@@ -268,7 +272,8 @@ class TritonOps(Ops):
             return self._ahead.kept(*self._products(x, weight, add=residual, next_norm=next_norm)), None
         if self._few(x, weight):
             tickets = self._tickets_on(x.device)
-            return self._matvec.matvec(x, weight, bias, add=residual, tickets=tickets), None
+            y = self._matvec.matvec(x, weight, bias, add=residual, tickets=tickets, streams=self._streams)
+            return y, None
         return super().linear_add(x, weight, bias, residual)
 
     def qk_norm_rope_store(
@@ -307,7 +312,8 @@ class TritonOps(Ops):
     def router(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         if self._few(x, weight):
             out = torch.empty(len(x), len(weight), dtype=torch.float32, device=x.device)
-            return self._matvec.matvec(x, weight, bias, out=out, tickets=self._tickets_on(x.device))
+            tickets = self._tickets_on(x.device)
+            return self._matvec.matvec(x, weight, bias, out=out, tickets=tickets, streams=self._streams)
         if not x.is_cuda or x.dtype == torch.float32:
             return super().router(x, weight, bias)
         logits = torch.mm(x, weight.t(), out_dtype=torch.float32)

@@ -27,6 +27,7 @@ from nanoengine.kernels import (
     int4_triton,
     matmul_gluon,
     matmul_triton,
+    matvec_streamed_triton,
     paged_attention_codes_gluon,
     route_triton,
 )
@@ -71,7 +72,9 @@ def compiled(
         )
     numbers = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
     found = Counter(re.findall(r"\b(LDG\.E[.\w]*|LDGSTS[.\w]*|[HQI]GMMA|UTMALDG)\b", code))
-    return {"shared": made.metadata.shared, "instructions": found, **numbers}
+    in_front = made.asm["ttgir"].partition("scf.for")[0]
+    early = {"copies": in_front.count("ttg.async_copy_global"), "waits": in_front.count("griddepcontrol.wait")}
+    return {"shared": made.metadata.shared, "instructions": found, "in_front": early, **numbers}
 
 
 def route() -> dict[str, Any]:
@@ -225,6 +228,20 @@ def eight_bit_streamed(*, gated: bool) -> dict[str, Any]:
     return compiled(eight_bit_streamed_triton._streamed_kernel, given, constants, tile.warps)
 
 
+def streamed(n: int, k: int, *, gated: bool, norm: bool) -> dict[str, Any]:
+    """One row of Qwen3-8B's products in bfloat16."""
+    tile = matvec_streamed_triton.tile_of(1, n, k, gated=gated, itemsize=2)
+    assert tile is not None
+    given = {**kinds(bf16="x norm_weight weight bias add y"), "eps": "fp32"}
+    constants = {
+        **matvec_streamed_triton.constants(tile, n, k), "GATED": gated, "ACTIVATION": "silu" if gated else None,
+        "NORM": norm, "HAS_BIAS": False, "HAS_ADD": not norm, "PDL": True,
+    }  # fmt: skip
+    found = compiled(matvec_streamed_triton._streamed_kernel, given, constants, tile.warps)
+    copy = constants["ROWS"] * constants["PIECE"] * 2
+    return {**found, "threads": 32 * tile.warps, "ring": found["in_front"]["copies"] * copy}
+
+
 def eight_bit_tile(rows: int, dtype: str, inputs: str) -> dict[str, Any]:
     """Qwen3-8B's gate and up, of rows that were quantised in front."""
     n, k, blocks, plain = 12288, 4096, inputs == "group", inputs == "plain"
@@ -300,6 +317,9 @@ def main() -> None:
     for rows in (64, 128, 256):
         for name, n, k in (("qkv", 4096, 1024), ("o", 1024, 2048), ("gate_up", 3072, 1024)):
             found[f"layer {name} x{rows}"] = layer_product(rows, n, k, gated=name == "gate_up")
+    for name, n, k in (("qkv", 6144, 4096), ("o", 4096, 4096), ("gate_up", 12288, 4096), ("down", 4096, 12288)):
+        norm = name in ("qkv", "gate_up")
+        found[f"streamed {name}"] = streamed(n, k, gated=name == "gate_up", norm=norm)
     found["eight-bit streamed, gate_up"] = eight_bit_streamed(gated=True)
     found["eight-bit streamed, down"] = eight_bit_streamed(gated=False)
     found["eight-bit gemv, group"] = eight_bit_gemv("group", gated=False)

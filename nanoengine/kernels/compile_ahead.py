@@ -2,7 +2,9 @@
 
 What a start will launch is known by running it: inside `compiling_ahead()` a launch of this thread only hands its
 specialisation to a pool of threads, and runs nothing. Most of a compilation is MLIR, LLVM and ptxas, without the
-interpreter's lock. A kernel whose binary is in Triton's cache is loaded the same way.
+interpreter's lock. What else Triton does at a first launch is done there, too: up to Triton 3.6 a C compiler makes a
+function that launches kernels with these arguments, half a second of a core, and the GPU gets the kernel's code. A
+kernel whose binary is in Triton's cache is loaded the same way.
 """
 
 from __future__ import annotations
@@ -10,11 +12,12 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Hashable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
+import torch
 from torch import Tensor
 
 _THREADS = 16
@@ -43,13 +46,38 @@ def compiling_ahead() -> Iterator[None]:
         launch, tune = JITFunction.run, Autotuner.run
         JITFunction.run, Autotuner.run = _compiled(launch), _untuned(tune)
         try:
-            threads = min(_THREADS, os.cpu_count() or 1)
-            with ThreadPoolExecutor(threads) as pool, triton.AsyncCompileMode(pool, ignore_errors=True):
+            with _Pool() as pool, triton.AsyncCompileMode(pool, ignore_errors=True):
                 yield
         finally:
             JITFunction.run, Autotuner.run = launch, tune
             _seen.reset(token)
             active_mode.set(None)  # it stays on where its end raises (triton 3.7), as Ctrl-C does there
+
+
+class _Pool(ThreadPoolExecutor):
+    """Threads that compile kernels and make them ready to be launched on the GPU of the thread that made the pool."""
+
+    def __init__(self) -> None:
+        threads = min(_THREADS, os.cpu_count() or 1)
+        if torch.cuda.is_initialized():
+            super().__init__(threads, initializer=torch.cuda.set_device, initargs=(torch.cuda.current_device(),))
+        else:
+            super().__init__(threads)
+        self._of_arguments: dict[Hashable, threading.Lock] = {}
+
+    def submit(self, compile: Callable[..., Any], /, *args: Any, **given: Any) -> Future[Any]:  # noqa: A002
+        return super().submit(lambda: self._made_ready(compile(*args, **given)))
+
+    def _made_ready(self, kernel: Any) -> Any:
+        """The kernel with what its first launch would make; if that fails, the launch tries it again and says why."""
+        try:
+            arguments = tuple(kernel.src.signature.values())
+            with self._of_arguments.setdefault(arguments, threading.Lock()):  # the next one finds the function made
+                kernel._init_handles()
+        except Exception:  # noqa: BLE001 - of a C compiler, a driver, or a version of Triton without this method
+            if getattr(kernel, "module", None) is None:
+                kernel._run = None  # or Triton takes what is half made for ready
+        return kernel
 
 
 def _compiled(launch: Callable[..., Any]) -> Callable[..., Any]:

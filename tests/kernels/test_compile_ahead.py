@@ -150,6 +150,67 @@ out = dict(said=said, ahead=ahead, compiled=len(compiled), launched=len(launches
     assert out["launched"] == 2
 
 
+def test_what_a_first_launch_makes_is_made_by_the_threads_too() -> None:
+    """Its launcher, one at a time for the same arguments, and its code on the GPU; once."""
+    out = there("""
+made, loaded, making = [], [], threading.Lock()
+
+class Utils(Utils):
+    def load_binary(self, *given):
+        loaded.append(threading.current_thread() is threading.main_thread())
+        return super().load_binary(*given)
+
+def launcher(source, metadata):
+    alone = making.acquire(blocking=False)
+    made.append((threading.current_thread() is threading.main_thread(), alone))
+    making.release()
+    return lambda *given: launches.append(1)
+
+Driver.utils = Utils()
+Driver.launcher_cls = staticmethod(launcher)
+with compiling_ahead():
+    launch(torch.float32)
+    launch(torch.float32, "gelu_tanh")  # the same arguments
+ahead = len(made), len(loaded)
+launch(torch.float32)
+launch(torch.float32, "gelu_tanh")
+out = dict(made=made, loaded=loaded, ahead=ahead, launched=len(launches))
+""")
+    assert out["ahead"] == [2, 2]
+    assert out["made"] == [[False, True]] * 2
+    assert out["loaded"] == [False] * 2
+    assert out["launched"] == 2
+
+
+def test_what_could_not_be_made_ahead_is_made_by_the_launch() -> None:
+    """A launcher that a C compiler does not make, and code that the GPU does not take."""
+    out = there("""
+tried, failing = [], []
+
+def step(name, made):
+    tried.append(name)
+    if name in failing:
+        raise RuntimeError(name)
+    return made
+
+class Utils(Utils):
+    def load_binary(self, *given):
+        return step("load", super().load_binary(*given))
+
+Driver.utils = Utils()
+Driver.launcher_cls = staticmethod(lambda *_: step("make", lambda *given: launches.append(given[4] is not None)))
+for (dtype, activation), name in zip(KINDS, ("make", "load")):
+    failing.append(name)
+    with compiling_ahead():
+        launch(dtype, activation)
+    failing.clear()
+    launch(dtype, activation)
+out = dict(tried=tried, launches=launches)
+""")
+    assert out["tried"] == ["make", "make", "load", "make", "load", "make", "load"]
+    assert out["launches"] == [True, True]  # with code
+
+
 def test_a_tuned_kernel_is_not_tuned_on_nothing() -> None:
     out = there("""
 import pathlib, importlib.util

@@ -14,6 +14,7 @@ from paged_case import Case, history, run
 from torch import Tensor
 
 from nanoengine.api import AttentionLayerSpec, AttentionNeed, GraphSupport, HeadNorms, KVSpec, Rotation
+from nanoengine.kernels.choice import KernelChoice
 from nanoengine.kernels.rms_norm import rms_norm
 from nanoengine.layers.rope import Angles, Rope, apply_rope
 from nanoengine.plugins.attention_backends.triton_paged import TritonPaged
@@ -264,3 +265,21 @@ def test_memory_is_as_promised_and_given_back() -> None:
     assert backend._kv.nbytes == 5 * 7 * TritonPaged.kv_block_bytes(spec, 16)
     backend.release()
     assert backend._kv.nbytes == 0
+
+
+@pytest.mark.parametrize("on", [True, False])
+def test_few_rows_of_qkv_go_to_slices_where_they_are_on(on: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And elsewhere, or without the kernel, to the one that reads tile by tile."""
+    from nanoengine.plugins.attention_backends import triton_paged
+
+    asked, runs = list[str](), triton_paged.runs_gluon
+    monkeypatch.setattr(triton_paged, "runs_gluon", lambda *given: asked.append(given[2]) or runs(*given))
+    tried = case([(1, 40)], heads=2, kv_heads=1)
+    if DEVICE == "cuda":
+        rows, sizes = [(1, n) for n in (40, 300, 1, 513)], {"heads": 16, "kv_heads": 8, "head_size": 128}
+        tried = case(rows, dtype=torch.bfloat16, max_model_len=4096, **sizes)
+    monkeypatch.setattr(Case, "kv_spec", replace(tried.kv_spec, kernels=KernelChoice.of({"attention_slices": on})))
+    (out, cache), (want, stored) = of_qkv(tried, TritonPaged), of_qkv(tried, Apart)
+    torch.testing.assert_close(out, want, rtol=0.02, atol=0.02 if DEVICE == "cuda" else 2e-5)
+    torch.testing.assert_close(cache, stored, rtol=0.02, atol=0.02 if DEVICE == "cuda" else 2e-5)
+    assert asked == ["paged_attention_slices_gluon"] * on

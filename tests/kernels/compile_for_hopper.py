@@ -29,6 +29,7 @@ from nanoengine.kernels import (
     matmul_triton,
     matvec_streamed_triton,
     paged_attention_codes_gluon,
+    paged_attention_slices_gluon,
     route_triton,
 )
 from nanoengine.kernels import experts_few_triton as few
@@ -37,6 +38,7 @@ from nanoengine.kernels import paged_attention_several_triton as several
 from nanoengine.kernels.gguf import BLOCK_TYPES
 from nanoengine.kernels.matmul import matmul_tile
 from nanoengine.kernels.paged_attention_plan import several_config
+from nanoengine.kernels.paged_attention_slices import WARPS, SlicesConfig, slices_config
 
 EXPERTS, TOP_K, HIDDEN, INNER = 128, 8, 2048, 768
 TOOL = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -170,6 +172,21 @@ def codes(kind: str, group: int) -> dict[str, Any]:
     }  # fmt: skip
     given = {name: type_ for type_, names in types.items() for name in names}
     return compiled(by_gluon._decode_codes_kernel, given, constants)
+
+
+def slices(config: SlicesConfig, group: int) -> dict[str, Any]:
+    """Attention of few rows from qkv."""
+    types = {
+        "*bf16": ("qkv", "k_cache", "v_cache", "out", "q_weight", "k_weight"), "*i64": ("slots",),
+        "*i32": ("block_tables", "seq_lens", "part", "marks"), "*fp32": ("inv_freq",), "fp32": ("eps",),
+        "stride": ("qkv_stride", "table_stride"),
+    }  # fmt: skip
+    constants = {
+        "NORM": True, "KV_HEADS": 8, "GROUP": group, "N": 8, "BLOCK": 16, "KEYS": config.keys,
+        "SPLITS": config.splits, "LEAST": config.least, "SCALE": 0.1,
+    }  # fmt: skip
+    given = {name: type_ for type_, names in types.items() for name in names}
+    return compiled(paged_attention_slices_gluon._decode_slices_kernel, given, constants, WARPS)
 
 
 def layer_product(rows: int, outputs: int, k: int, *, gated: bool) -> dict[str, Any]:
@@ -332,6 +349,10 @@ def main() -> None:
         found[f"eight-bit {dtype} x{rows}, {inputs}"] = eight_bit_tile(rows, dtype, inputs)
     for kind, group in (("fp8", 2), ("fp8", 8), ("int8", 2)):
         found[f"codes {kind}, {group} heads"] = codes(kind, group)
+    for rows in (4, 8, 16):
+        config = slices_config(rows, 8, 132)
+        assert config is not None
+        found[f"slices x{rows}"] = slices(config, 2)
     for kind in ("Q4_0", "Q4_K", "Q6_K"):
         found[f"gguf one {kind}"] = gguf_one(kind, gated=kind == "Q4_K")
     found["gguf tiled Q4_K"] = gguf_tiled("Q4_K", 256)

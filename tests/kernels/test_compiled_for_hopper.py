@@ -30,9 +30,10 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any
 
 def test_nothing_is_spilled(kernels: dict[str, dict[str, Any]]) -> None:
     """But six words of a kernel that holds 96 registers of weight a thread: measured, it is the fastest."""
-    assert len(kernels) == 45
+    assert len(kernels) == 48
     for name, kernel in kernels.items():
-        assert kernel["STACK"] <= (24 if name == "few down" else 0), name
+        # a rotation by a large angle takes 32 bytes of its own
+        assert kernel["STACK"] <= (24 if name == "few down" else 32 if name.startswith("slices") else 0), name
         assert kernel["LOCAL"] == 0, name
         assert kernel["REG"] <= (
             255 if name.startswith("layer") or name == "int4 x64" else 200 if name.startswith("drafts") else 168
@@ -125,6 +126,19 @@ def test_rings_of_large_weights_are_filled_before_the_wait(kernels: dict[str, di
     taken = kernel["shared"] + 1024
     assert 2 * taken <= 228 << 10 < 3 * taken
     assert 2 * kernel["threads"] * kernel["REG"] <= 65536
+
+
+@pytest.mark.parametrize("rows", [4, 8, 16])
+def test_attention_by_slices_leaves_room_for_the_products_around_it(
+    kernels: dict[str, dict[str, Any]], rows: int
+) -> None:
+    """80 KiB of shared memory and 256 threads with 64 registers: so keys are asked for while the product runs."""
+    kernel = kernels[f"slices x{rows}"]
+    assert kernel["shared"] <= (146 << 10)
+    assert kernel["REG"] * 128 + 2 * 64 * 256 <= 65536
+    copies = [op for op in kernel["instructions"] if op.startswith("LDGSTS")]
+    assert copies == ["LDGSTS.E.BYPASS.128"]
+    assert kernel["instructions"]["HGMMA"] >= 64
 
 
 def test_one_row_times_eight_bit_weights_asks_for_them_at_once(kernels: dict[str, dict[str, Any]]) -> None:

@@ -28,10 +28,12 @@ from nanoengine.api import (
     StepInputs,
 )
 from nanoengine.kernels.choice import BY_DEFAULT
+from nanoengine.kernels.gluon import runs_gluon
 from nanoengine.kernels.kv_quant import KV_DTYPES, stored_bytes
 
 if TYPE_CHECKING:
-    from nanoengine.kernels.paged_attention_triton import DecodePlanner
+    from nanoengine.kernels.paged_attention_slices import SlicesPlanner
+    from nanoengine.kernels.paged_attention_triton import DecodePlanner, NewTokens
 
 _MIN_COMPUTE_CAPABILITY = (8, 0)  # asynchronous copies; bf16 in tensor cores
 _FP8_COMPUTE_CAPABILITY = (8, 9)
@@ -86,6 +88,8 @@ class TritonPaged(AttentionBackend):
         self._inputs: StepInputs | None = None
         self._most_queries = 1  # of a decode row of any step so far
         self._by_codes = (spec.kernels or BY_DEFAULT).has("attention_codes")
+        self._by_slices = (spec.kernels or BY_DEFAULT).has("attention_slices")
+        self._slices_planners: dict[int, SlicesPlanner] = {}  # by number of query heads
 
     def _longest(self) -> int:
         """The largest number of keys that a query of this group attends to."""
@@ -196,20 +200,54 @@ class TritonPaged(AttentionBackend):
         plain = plain and inputs.decode_query_len == 1
         if rows != inputs.num_decode_rows or not plain or 2 * len(rotation.inv_freq) != spec.head_size:
             return None
+        new = self._kernels.NewTokens(
+            slots=inputs.slot_mapping, inv_freq=rotation.inv_freq, q_weight=norms.q if norms else None,
+            k_weight=norms.k if norms else None, eps=norms.eps if norms else 0.0,
+        )  # fmt: skip
+        out = self._attend_slices(layer, spec, qkv, new) if self._by_slices else None
         planner = self._planner(spec.num_heads)
         config = planner.fused(rows)
-        if config is None:
-            return None
+        if out is not None or config is None:
+            return out
         out = torch.empty(rows, spec.num_heads, spec.head_size, dtype=qkv.dtype, device=qkv.device)
         self._kernels.attend_decode(
             qkv, self._kv[layer, 0], self._kv[layer, 1], out, inputs.block_tables, inputs.seq_lens,
             scale=spec.scale, window=spec.window, soft_cap=spec.soft_cap, config=config, scratch=planner.scratch,
-            sinks=spec.sinks, new=self._kernels.NewTokens(
-                slots=inputs.slot_mapping, inv_freq=rotation.inv_freq, q_weight=norms.q if norms else None,
-                k_weight=norms.k if norms else None, eps=norms.eps if norms else 0.0,
-            ),
+            sinks=spec.sinks, new=new,
         )  # fmt: skip
         return out
+
+    def _attend_slices(self, layer: int, spec: AttentionLayerSpec, qkv: Tensor, new: NewTokens) -> Tensor | None:
+        """None: there is no such kernel for this machine, this layer or this number of rows."""
+        plain = spec.window is None and spec.soft_cap is None and spec.sinks is None
+        slower = "attention of few rows from qkv runs on another kernel"
+        if not plain or not runs_gluon(qkv.device, slower, "paged_attention_slices_gluon"):
+            return None
+        from nanoengine.kernels import paged_attention_slices_gluon as by_gluon
+
+        inputs, (k_cache, v_cache) = self._inputs, self._kv[layer]
+        assert inputs is not None
+        planner = self._slices_planner(spec.num_heads)
+        config = planner.config(len(qkv))
+        if config is None or not by_gluon.takes(qkv, k_cache, spec.num_heads // spec.num_kv_heads):
+            return None
+        out = torch.empty(len(qkv), spec.num_heads, spec.head_size, dtype=qkv.dtype, device=qkv.device)
+        by_gluon.attend_slices(
+            qkv, k_cache, v_cache, out, inputs.block_tables, inputs.seq_lens, new, scale=spec.scale, config=config,
+            scratch=planner.scratch,
+        )  # fmt: skip
+        return out
+
+    def _slices_planner(self, num_heads: int) -> SlicesPlanner:
+        """As `_planner`."""
+        if num_heads not in self._slices_planners:
+            from nanoengine.kernels.paged_attention_slices import SlicesPlanner
+
+            self._slices_planners[num_heads] = SlicesPlanner.make(
+                num_heads=num_heads, num_kv_heads=self.spec.num_kv_heads, max_rows=self.limits.max_rows,
+                device=self.device,
+            )  # fmt: skip
+        return self._slices_planners[num_heads]
 
     def _stored(self, layer: int, qkv: Tensor, rotation: Rotation, norms: HeadNorms | None) -> Tensor:
         """Normalises, rotates and stores, as codes. Returns q."""

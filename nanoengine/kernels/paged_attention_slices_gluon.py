@@ -157,9 +157,11 @@ def _decode_slices_kernel(
     each = gl.cdiv(tiles, used)
     begin = 0  # so that a row's table need not wait for its length
     if SPLITS > 1:
-        begin = gl.minimum(split, used) * each * _TILE
+        begin = split * each * _TILE
     end = gl.minimum(begin + each * _TILE, length - 1)
     newest = split == used - 1
+    if split >= used:  # a row's first program is there and waits, so that this launch ends behind the one in front
+        return
     table = block_tables + row * table_stride
     lines = _lines(table, kv_head, begin, end, KV_HEADS, BLOCK, KEYS)
     _ask(k_cache, keys, lines, begin, end, KEYS)
@@ -176,7 +178,7 @@ def _decode_slices_kernel(
         weight, swapped_weight = gl.load(q_weight + e).to(gl.float32), gl.load(q_weight + swap).to(gl.float32)
         new_weight, new_swapped_weight = gl.load(k_weight + e).to(gl.float32), gl.load(k_weight + swap).to(gl.float32)
     wait_for_inputs(True)
-    if (split >= used) | (length <= 0):
+    if length <= 0:
         async_copy.wait_group(0)
         return
 

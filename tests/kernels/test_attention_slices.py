@@ -54,6 +54,7 @@ def test_broken_kernels_are_far_from_it() -> None:
 
 def test_there_is_a_multiprocessor_for_each_part() -> None:
     assert slices_config(8, 8, 132) == SlicesConfig(splits=2, keys=256, least=4)
+    assert slices_config(16, 8, 132) == SlicesConfig(splits=1, keys=128, least=4)
     assert slices_config(2, 8, 132) is None
     assert slices_config(17, 8, 132) is None
     for rows in (3, 4, 8, 16):

@@ -31,3 +31,9 @@ def runs_gluon(device: torch.device, slower: str, *names: str) -> bool:
         _log.warning("%s, since this Triton has another Gluon: %s", slower, error)
         return False
     return True
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """How many a GPU has; 0: it is none."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 0

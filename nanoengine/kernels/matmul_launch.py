@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor
 
 from nanoengine.kernels import matmul_triton
 from nanoengine.kernels.activation import Activation
-from nanoengine.kernels.gluon import is_hopper, runs_gluon
+from nanoengine.kernels.gluon import is_hopper, multiprocessors, runs_gluon
 from nanoengine.kernels.matmul import MOST_SPLITS, MatmulTile, Scaled, matmul_tile
 
 _MOST_TILES = 256  # that wait for each other
@@ -49,14 +48,9 @@ def _tile(x: Tensor, weight: Tensor, gate: Activation | None, *, normed: bool = 
     outputs = len(weight) // 2 if gate else len(weight)
     tile = matmul_tile(
         len(x), outputs, weight.shape[1], gated=gate is not None, itemsize=x.element_size(),
-        normed=normed, multiprocessors=_multiprocessors(x.device),
+        normed=normed, multiprocessors=multiprocessors(x.device),
     )  # fmt: skip
     if tile is None or not tile.gluon:
         return tile
     fits = gate in (None, "silu") and runs_gluon(x.device, "some products run on slower kernels", "matmul_gluon")
     return tile if fits else None
-
-
-@functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 0

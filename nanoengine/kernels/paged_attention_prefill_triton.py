@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nanoengine.kernels.gluon import multiprocessors, runs_gluon
 from nanoengine.kernels.paged_attention_decode_triton import LOG2E, Scales, blocks_of, capped, rows_of, scaled
 from nanoengine.kernels.paged_attention_plan import padded_head
 from nanoengine.kernels.pdl_triton import pdl_options, release_dependents, wait_for_inputs
@@ -213,6 +214,21 @@ def _shared_memory(device: torch.device) -> int:
     return int(properties["max_shared_mem"])
 
 
+def _attends_by_warps(q: Tensor, k_cache: Tensor, *read: Tensor, scale: float, counter: Tensor) -> bool:
+    """Whether the kernel in Gluon takes it, and has been launched."""
+    if not runs_gluon(q.device, "prompts are read by a slower kernel", "paged_attention_prefill_gluon"):
+        return False
+    from nanoengine.kernels import paged_attention_prefill_gluon as by_gluon
+
+    kv_heads = k_cache.shape[1]
+    group = q.shape[1] // kv_heads
+    config = by_gluon.warps_config(len(q), group, kv_heads, multiprocessors(q.device))
+    if config is None or not by_gluon.takes(q, k_cache):
+        return False
+    by_gluon.attend_prefill(q, k_cache, *read, scale=scale, counter=counter, config=config)
+    return True
+
+
 def attend_prefill(
     q: Tensor,
     k_cache: Tensor,
@@ -229,19 +245,27 @@ def attend_prefill(
     sinks: Tensor | None = None,
     causal: bool = True,
     scales: Scales | None = None,
+    counter: Tensor | None = None,
 ) -> None:
     """Queries q [T, heads, head_size] of R rows into `out`, the same shape and contiguous.
 
     Row r's are tokens query_start_loc[r] .. query_start_loc[r + 1] (int32 [R + 1], on the device, which may begin above
     0: earlier tokens are left alone), the last of its seq_lens[r] (int32 [R]) tokens; `block_tables` int32 [R, blocks].
     Tokens behind the last row come out as zeros. `sinks`, `scales`: as in `attend_decode`. `causal` False: queries see
-    all keys of their row; with a window, those that are less than `window` positions before or behind.
+    all keys of their row; with a window, those that are less than `window` positions before or behind. `counter`: int32
+    [1], at first 0, for launches that follow each other in one stream: on Hopper GPUs `paged_attention_prefill_gluon`
+    does what it can; None: it does nothing.
     """
     tokens, heads, width = q.shape
     rows, (kv_heads, block_size) = len(seq_lens), k_cache.shape[1:3]
     if tokens == 0:
         return
     group, q = heads // kv_heads, rows_of(q)
+    plain = causal and window is None and soft_cap is None and sinks is None and scales is None
+    if counter is not None and plain and scale > 0:
+        read = (q, k_cache, v_cache, out, block_tables, seq_lens, query_start_loc)
+        if _attends_by_warps(*read, scale=scale, counter=counter):
+            return
     config = config or prefill_config(group, width, q.element_size(), _shared_memory(q.device))
     block_q = config.block_m // group
     # An upper bound where query_start_loc begins above 0: which number that is, only the device need know.

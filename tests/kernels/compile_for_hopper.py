@@ -29,6 +29,7 @@ from nanoengine.kernels import (
     matmul_triton,
     matvec_streamed_triton,
     paged_attention_codes_gluon,
+    paged_attention_prefill_gluon,
     paged_attention_slices_gluon,
     route_triton,
 )
@@ -187,6 +188,23 @@ def slices(config: SlicesConfig, group: int) -> dict[str, Any]:
     }  # fmt: skip
     given = {name: type_ for type_, names in types.items() for name in names}
     return compiled(paged_attention_slices_gluon._decode_slices_kernel, given, constants, WARPS)
+
+
+def prompts(tokens: int) -> dict[str, Any]:
+    """Attention of prompts of Qwen3-0.6B by warps with roles."""
+    by_gluon = paged_attention_prefill_gluon
+    config = by_gluon.warps_config(tokens, 2, 8, 132)
+    assert config is not None
+    boxes = {"q": ([32, 2, 64], by_gluon._QUERIES.value), "k": ([16, 64], by_gluon._TILES.value)}
+    given = {f"{name}_desc": f"tensordesc<bf16{box},{lies!r}>" for name, (box, lies) in boxes.items()}
+    given |= {"v_desc": given["k_desc"], "out": "*bf16"}
+    given |= dict.fromkeys(("tables", "seq_lens", "starts", "counter"), "*i32")
+    given |= dict.fromkeys(("num_rows", "num_tokens", "tiles", "table_stride"), "i32")
+    constants = {
+        "KV_HEADS": 8, "GROUP": 2, "BLOCK": 16, "TILE": config.tile, "STAGES": config.stages,
+        "CONSUMERS": config.consumers, "STAYS": config.programs > 0, "SCALE": 0.1,
+    }  # fmt: skip
+    return compiled(by_gluon._prefill_kernel, given, constants, registers=config.registers)
 
 
 def layer_product(rows: int, outputs: int, k: int, *, gated: bool) -> dict[str, Any]:
@@ -353,6 +371,8 @@ def main() -> None:
         config = slices_config(rows, 8, 132)
         assert config is not None
         found[f"slices x{rows}"] = slices(config, 2)
+    for tokens in (256, 8192):
+        found[f"prompts x{tokens}"] = prompts(tokens)
     for kind in ("Q4_0", "Q4_K", "Q6_K"):
         found[f"gguf one {kind}"] = gguf_one(kind, gated=kind == "Q4_K")
     found["gguf tiled Q4_K"] = gguf_tiled("Q4_K", 256)

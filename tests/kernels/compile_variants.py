@@ -197,6 +197,23 @@ def caches(every: bool) -> Iterator[Launch]:
         yield f"{name} store", partial(attention.store_kv, new, new, cache, cache, slots, scales)
 
 
+def prompts(every: bool) -> Iterator[Launch]:
+    from nanoengine.kernels import paged_attention_prefill_gluon as by_gluon
+
+    few, many = (by_gluon.warps_config(tokens, 2, 8, 132) for tokens in (256, 8192))
+    cases = [(few, 16, 2), (many, 256, 1)]
+    for config, block, group in product((few, many), (16, 64, 256), (1, 2, 8)) if every else cases:
+        assert config is not None
+        q, cache = rand(100, 8 * group, 128), rand(64, 8, block, 128)
+        tables, lens, starts = rand(3, 16, dtype=torch.int32), rand(3, dtype=torch.int32), rand(4, dtype=torch.int32)
+        read = (q, cache, cache, torch.empty_like(q), tables, lens, starts)
+        assert by_gluon.takes(q, cache)
+        yield (
+            f"prompts by {config}, blocks of {block}, groups of {group}",
+            partial(by_gluon.attend_prefill, *read, scale=0.1, counter=rand(1, dtype=torch.int32), config=config),
+        )
+
+
 def masked_draws(every: bool) -> Iterator[Launch]:
     from nanoengine.kernels import sampling_triton
 
@@ -213,7 +230,7 @@ def masked_draws(every: bool) -> Iterator[Launch]:
 def main() -> None:
     only_compile()
     every, failed = "--all" in sys.argv, 0
-    for kind in (eight_bit, int4, int4_for_hopper, gguf, fragments, caches, masked_draws):
+    for kind in (eight_bit, int4, int4_for_hopper, gguf, fragments, caches, prompts, masked_draws):
         for name, launch in kind(every):
             try:
                 launch()

@@ -87,8 +87,11 @@ class TritonPaged(AttentionBackend):
         self._scales: Tensor | None = None
         self._inputs: StepInputs | None = None
         self._most_queries = 1  # of a decode row of any step so far
-        self._by_codes = (spec.kernels or BY_DEFAULT).has("attention_codes")
-        self._by_slices = (spec.kernels or BY_DEFAULT).has("attention_slices")
+        kernels = spec.kernels or BY_DEFAULT
+        self._by_codes = kernels.has("attention_codes")
+        by_warps = kernels.has("attention_prefill_gluon")
+        self._counter = torch.zeros(1, dtype=torch.int32, device=device) if by_warps else None
+        self._by_slices = kernels.has("attention_slices")
         self._slices_planners: dict[int, SlicesPlanner] = {}  # by number of query heads
 
     def _longest(self) -> int:
@@ -152,7 +155,7 @@ class TritonPaged(AttentionBackend):
             self._kernels.attend_prefill(
                 q, k_cache, v_cache, out, inputs.block_tables[rows:], inputs.seq_lens[rows:],
                 inputs.query_start_loc[rows:], scale=spec.scale, window=spec.window, soft_cap=spec.soft_cap,
-                sinks=spec.sinks, causal=spec.causal, scales=self._scales_of(layer),
+                sinks=spec.sinks, causal=spec.causal, scales=self._scales_of(layer), counter=self._counter,
             )  # fmt: skip
         if rows:
             self._decode(layer, spec, q, out, rows, pad_tokens=0 if prefills else len(q), beside=prefills)

@@ -65,7 +65,7 @@ class _Pool(ThreadPoolExecutor):
             super().__init__(threads)
         self._of_arguments: dict[Hashable, threading.Lock] = {}
 
-    def submit(self, compile: Callable[..., Any], /, *args: Any, **given: Any) -> Future[Any]:  # noqa: A002
+    def submit(self, compile: Callable[..., Any], /, *args: Any, **given: Any) -> Future[Any]:
         return super().submit(lambda: self._made_ready(compile(*args, **given)))
 
     def _made_ready(self, kernel: Any) -> Any:

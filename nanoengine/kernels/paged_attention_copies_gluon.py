@@ -21,11 +21,24 @@ FIRST, STOP, LOWEST, LENGTH, END, KV_HEAD = (gl.constexpr(i) for i in range(6))
 
 
 @gluon.jit
-def _row_of_tile(starts, tile, num_rows, BLOCK_Q: gl.constexpr):
-    """As in `paged_attention_prefill_triton`."""
-    origin = gl.load(starts)
+def _rows_with_tokens(starts, num_rows, stop):
+    """How many rows begin before token `stop`: rows of padding stand behind the last one, and have none."""
     low = 0
     high = num_rows
+    while low < high:
+        middle = (low + high) // 2
+        if gl.load(starts + middle) < stop:
+            low = middle + 1
+        else:
+            high = middle
+    return low
+
+
+@gluon.jit
+def _row_of_tile(starts, origin, tile, last, BLOCK_Q: gl.constexpr):
+    """As in `paged_attention_prefill_triton`, among rows 0..last."""
+    low = 0
+    high = last
     while low < high:
         middle = (low + high + 1) // 2
         if (gl.load(starts + middle) - origin) // BLOCK_Q + middle <= tile:
@@ -60,10 +73,10 @@ def _copy_tile(desc, boxes, ready, stage, rows, BOX: gl.constexpr, TILE: gl.cons
 
 @gluon.jit
 def produce(
-    q_desc, k_desc, v_desc, tables, seq_lens, starts, counter, num_rows, num_tokens, tiles, table_stride,
+    q_desc, k_desc, v_desc, tables, seq_lens, starts, counter, num_rows, num_tokens, table_stride,
     boxes, facts, ready, free,
     KV_HEADS: gl.constexpr, GROUP: gl.constexpr, BLOCK: gl.constexpr, TILE: gl.constexpr, STAGES: gl.constexpr,
-    CONSUMERS: gl.constexpr, STAYS: gl.constexpr,
+    CONSUMERS: gl.constexpr,
 ):  # fmt: skip
     """One warp: chooses tiles of queries, describes them, and has all copied. boxes, ready, free: of queries, keys and
     values."""
@@ -75,21 +88,27 @@ def produce(
     box: gl.constexpr = min(BLOCK, TILE)
     wait_for_inputs(True)
     release_dependents(True)
-    items = tiles * KV_HEADS
+    origin = gl.load(starts)
+    padding = gl.load(starts + num_rows)  # token
+    filled = _rows_with_tokens(starts, num_rows, padding)
+    tiles = (padding - origin) // block_q + filled
+    items = (tiles + gl.cdiv(num_tokens - padding, block_q)) * KV_HEADS
     item = gl.program_id(0)
     taken = 0  # tiles of queries
     at = 0  # tiles of keys
     while item < items:
         tile = tiles - 1 - item // KV_HEADS  # a row's longest tiles first
         head = item % KV_HEADS
-        row = _row_of_tile(starts, tile, num_rows, block_q)
-        start = gl.load(starts + row)
-        first = start + (tile - ((start - gl.load(starts)) // block_q + row)) * block_q  # token
+        first = padding + (-1 - tile) * block_q  # token
         stop = num_tokens
+        row = 0
         length = 0
         lowest = 0
         end = 0
-        if row < num_rows:  # else padding: no keys
+        if tile >= 0:  # else padding: no keys
+            row = _row_of_tile(starts, origin, tile, filled - 1, block_q)
+            start = gl.load(starts + row)
+            first = start + (tile - ((start - origin) // block_q + row)) * block_q
             stop = gl.load(starts + row + 1)
             length = gl.load(seq_lens + row)
             lowest = length - stop + first  # position of the tile's first query
@@ -123,13 +142,10 @@ def produce(
                 _copy_tile(v_desc, values, v_ready, stage, rows, box, TILE)
                 at += 1
             taken += 1
-        if STAYS:
-            asked = gl.atomic_add(counter, 1, sem="relaxed")
-            item = gl.num_programs(0) + asked
-            if asked == items - 1:  # of all programs the last one to ask
-                gl.store(counter, 0)  # for the next launch
-        else:
-            item = items
+        asked = gl.atomic_add(counter, 1, sem="relaxed")  # as often as there are items, over all programs
+        item = gl.num_programs(0) + asked
+        if asked == items - 1:
+            gl.store(counter, 0)  # for the next launch
     mbarrier.wait(q_free.index(0), (taken & 1) ^ 1)
     _put(facts, END, -1)
     barrier()

@@ -188,13 +188,13 @@ def _consume(
 
 
 @gluon.jit(
-    do_not_specialize=["num_rows", "num_tokens", "tiles", "table_stride"],
+    do_not_specialize=["num_rows", "num_tokens", "table_stride"],
     do_not_specialize_on_alignment=["tables", "seq_lens", "starts"],
 )
 def _prefill_kernel(
-    q_desc, k_desc, v_desc, out, tables, seq_lens, starts, counter, num_rows, num_tokens, tiles, table_stride,
+    q_desc, k_desc, v_desc, out, tables, seq_lens, starts, counter, num_rows, num_tokens, table_stride,
     KV_HEADS: gl.constexpr, GROUP: gl.constexpr, BLOCK: gl.constexpr, TILE: gl.constexpr, STAGES: gl.constexpr,
-    CONSUMERS: gl.constexpr, STAYS: gl.constexpr, SCALE: gl.constexpr,
+    CONSUMERS: gl.constexpr, SCALE: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = k_desc.dtype
     box: gl.constexpr = min(BLOCK, TILE)
@@ -226,8 +226,8 @@ def _prefill_kernel(
             [
                 (_consume, (out, copied, facts, ready, free, 0, KV_HEADS, GROUP, TILE, STAGES, SCALE)),
                 (produce, (
-                    q_desc, k_desc, v_desc, tables, seq_lens, starts, counter, num_rows, num_tokens, tiles,
-                    table_stride, boxes, facts, ready, free, KV_HEADS, GROUP, BLOCK, TILE, STAGES, CONSUMERS, STAYS,
+                    q_desc, k_desc, v_desc, tables, seq_lens, starts, counter, num_rows, num_tokens, table_stride,
+                    boxes, facts, ready, free, KV_HEADS, GROUP, BLOCK, TILE, STAGES, CONSUMERS,
                 )),
             ], [1], [40],
         )  # fmt: skip
@@ -237,8 +237,8 @@ def _prefill_kernel(
                 (_consume, (out, copied, facts, ready, free, 0, KV_HEADS, GROUP, TILE, STAGES, SCALE)),
                 (_consume, (out, copied, facts, ready, free, 1, KV_HEADS, GROUP, TILE, STAGES, SCALE)),
                 (produce, (
-                    q_desc, k_desc, v_desc, tables, seq_lens, starts, counter, num_rows, num_tokens, tiles,
-                    table_stride, boxes, facts, ready, free, KV_HEADS, GROUP, BLOCK, TILE, STAGES, CONSUMERS, STAYS,
+                    q_desc, k_desc, v_desc, tables, seq_lens, starts, counter, num_rows, num_tokens, table_stride,
+                    boxes, facts, ready, free, KV_HEADS, GROUP, BLOCK, TILE, STAGES, CONSUMERS,
                 )),
             ], [4, 1], [232, 40],
         )  # fmt: skip
@@ -247,13 +247,12 @@ def _prefill_kernel(
 @dataclass(frozen=True, slots=True)
 class WarpsConfig:
     """`consumers`: warpgroups that multiply, 1 or 2, of 64 (query, head) pairs each; `tile`: keys an iteration;
-    `stages`: tiles in shared memory; `programs`: on a multiprocessor, each for several tiles of queries; 0: one
-    program for each."""
+    `stages`: tiles in shared memory; `programs`: on a multiprocessor, each for several tiles of queries."""
 
     consumers: int
     tile: int
     stages: int
-    programs: int
+    programs: float
 
     @property
     def registers(self) -> int:
@@ -262,11 +261,18 @@ class WarpsConfig:
         return 128 if self.consumers == 1 else 0
 
 
-def warps_config(tokens: int, group: int, kv_heads: int, processors: int) -> WarpsConfig | None:
-    """By the tokens of a step; None: so few that the kernel in Triton is faster."""
-    if tokens * group * kv_heads >= 128 * processors:
+def warps_config(
+    tokens: int, group: int, kv_heads: int, processors: int, *, decode_behind: bool = False
+) -> WarpsConfig | None:
+    """By the tokens of a step, as measured on an H200; None: the kernel in Triton is faster.
+
+    Many tokens: 128 pairs share each key. 8 rows of 1,024 took 92 us (82 with 64 pairs, Triton 141), 1 of 8,192 took
+    437 (580, 773). Few: two programs of 64 pairs work while the other waits: 300 tokens took 7.1 us (11.7, 10.4).
+    decode_behind: beside the decode of other rows, whose programs find no room.
+    """
+    if tokens * group * kv_heads >= 4 * 128 * processors:
         return WarpsConfig(consumers=2, tile=128, stages=2, programs=1)
-    return WarpsConfig(consumers=1, tile=64, stages=2, programs=1)
+    return None if decode_behind else WarpsConfig(consumers=1, tile=64, stages=2, programs=2)
 
 
 def takes(q: Tensor, k_cache: Tensor) -> bool:
@@ -288,9 +294,7 @@ def attend_prefill(
         return
     group, q = heads // kv_heads, rows_of(q)
     tiles = tokens // (64 * config.consumers // group) + rows + 1  # an upper bound; only the device knows
-    grid = tiles * kv_heads
-    if config.programs:
-        grid = min(grid, multiprocessors(q.device) * config.programs)
+    grid = min(tiles * kv_heads, max(1, int(multiprocessors(q.device) * config.programs)))
     box = [64 // group, group, width // 2]
     tile = [min(block_size, config.tile), width // 2]
     lines = (-1, width)
@@ -299,8 +303,8 @@ def attend_prefill(
         TensorDescriptor(q, list(q.shape), [q.stride(0), width, 1], box, _QUERIES.value),
         TensorDescriptor.from_tensor(k_cache.view(lines), tile, _TILES.value),
         TensorDescriptor.from_tensor(v_cache.view(lines), tile, _TILES.value),
-        out, block_tables, seq_lens, query_start_loc, counter, rows, tokens, tiles, block_tables.stride(0),
+        out, block_tables, seq_lens, query_start_loc, counter, rows, tokens, block_tables.stride(0),
         KV_HEADS=kv_heads, GROUP=group, BLOCK=block_size, TILE=config.tile, STAGES=config.stages,
-        CONSUMERS=config.consumers, STAYS=config.programs > 0, SCALE=scale * LOG2E,
+        CONSUMERS=config.consumers, SCALE=scale * LOG2E,
         num_warps=4, launch_pdl=True, **few,
     )  # fmt: skip

@@ -214,7 +214,9 @@ def _shared_memory(device: torch.device) -> int:
     return int(properties["max_shared_mem"])
 
 
-def _attends_by_warps(q: Tensor, k_cache: Tensor, *read: Tensor, scale: float, counter: Tensor) -> bool:
+def _attends_by_warps(
+    q: Tensor, k_cache: Tensor, *read: Tensor, scale: float, counter: Tensor, decode_behind: bool
+) -> bool:
     """Whether the kernel in Gluon takes it, and has been launched."""
     if not runs_gluon(q.device, "prompts are read by a slower kernel", "paged_attention_prefill_gluon"):
         return False
@@ -222,7 +224,7 @@ def _attends_by_warps(q: Tensor, k_cache: Tensor, *read: Tensor, scale: float, c
 
     kv_heads = k_cache.shape[1]
     group = q.shape[1] // kv_heads
-    config = by_gluon.warps_config(len(q), group, kv_heads, multiprocessors(q.device))
+    config = by_gluon.warps_config(len(q), group, kv_heads, multiprocessors(q.device), decode_behind=decode_behind)
     if config is None or not by_gluon.takes(q, k_cache):
         return False
     by_gluon.attend_prefill(q, k_cache, *read, scale=scale, counter=counter, config=config)
@@ -246,6 +248,7 @@ def attend_prefill(
     causal: bool = True,
     scales: Scales | None = None,
     counter: Tensor | None = None,
+    decode_behind: bool = False,
 ) -> None:
     """Queries q [T, heads, head_size] of R rows into `out`, the same shape and contiguous.
 
@@ -254,7 +257,7 @@ def attend_prefill(
     Tokens behind the last row come out as zeros. `sinks`, `scales`: as in `attend_decode`. `causal` False: queries see
     all keys of their row; with a window, those that are less than `window` positions before or behind. `counter`: int32
     [1], at first 0, for launches that follow each other in one stream: on Hopper GPUs `paged_attention_prefill_gluon`
-    does what it can; None: it does nothing.
+    does what it can; None: it does nothing. `decode_behind`: `attend_decode` of other rows is launched beside it.
     """
     tokens, heads, width = q.shape
     rows, (kv_heads, block_size) = len(seq_lens), k_cache.shape[1:3]
@@ -264,7 +267,7 @@ def attend_prefill(
     plain = causal and window is None and soft_cap is None and sinks is None and scales is None
     if counter is not None and plain and scale > 0:
         read = (q, k_cache, v_cache, out, block_tables, seq_lens, query_start_loc)
-        if _attends_by_warps(*read, scale=scale, counter=counter):
+        if _attends_by_warps(*read, scale=scale, counter=counter, decode_behind=decode_behind):
             return
     config = config or prefill_config(group, width, q.element_size(), _shared_memory(q.device))
     block_q = config.block_m // group

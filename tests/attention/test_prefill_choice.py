@@ -46,7 +46,7 @@ def test_prompts_beside_decode_rows(decodes: int, dtype: torch.dtype, monkeypatc
         attend(*args, **more)
 
     monkeypatch.setattr(by_gluon, "attend_prefill", counted)
-    rows = [*((1, 200 + i) for i in range(decodes)), (300, 300), (90, 500), (1500, 1500)]
+    rows = [*((1, 200 + i) for i in range(decodes)), (300, 300), (90, 500), (700, 700)]
     case = Case(
         rows=rows, heads=16, kv_heads=8, head_size=128, block_size=16, dtype=dtype, device=DEVICE, max_model_len=4096,
         tail=3,
@@ -54,4 +54,4 @@ def test_prompts_beside_decode_rows(decodes: int, dtype: torch.dtype, monkeypatc
     on = replace(case.kv_spec, kernels=KernelChoice.of({"attention_prefill_gluon": True}))
     monkeypatch.setattr(Case, "kv_spec", on)
     assert error(case, TritonPaged) < TOLERANCE[dtype]
-    assert case.inputs().positions.numel() in launched
+    assert (case.inputs().positions.numel() in launched) is (decodes == 0)

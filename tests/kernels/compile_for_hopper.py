@@ -199,10 +199,10 @@ def prompts(tokens: int) -> dict[str, Any]:
     given = {f"{name}_desc": f"tensordesc<bf16{box},{lies!r}>" for name, (box, lies) in boxes.items()}
     given |= {"v_desc": given["k_desc"], "out": "*bf16"}
     given |= dict.fromkeys(("tables", "seq_lens", "starts", "counter"), "*i32")
-    given |= dict.fromkeys(("num_rows", "num_tokens", "tiles", "table_stride"), "i32")
+    given |= dict.fromkeys(("num_rows", "num_tokens", "table_stride"), "i32")
     constants = {
         "KV_HEADS": 8, "GROUP": 2, "BLOCK": 16, "TILE": config.tile, "STAGES": config.stages,
-        "CONSUMERS": config.consumers, "STAYS": config.programs > 0, "SCALE": 0.1,
+        "CONSUMERS": config.consumers, "SCALE": 0.1,
     }  # fmt: skip
     return compiled(by_gluon._prefill_kernel, given, constants, registers=config.registers)
 

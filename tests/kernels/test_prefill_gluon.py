@@ -23,7 +23,7 @@ ON_HOPPER = torch.cuda.is_available() and gluon.runs_gluon(
 )
 in_gluon = pytest.mark.skipif(not ON_HOPPER, reason="Gluon has no interpreter, and the kernel is for Hopper GPUs")
 SIXTEEN_BITS = [torch.bfloat16, torch.float16]
-CONFIGS = [(2, 128, 2, 1), (2, 128, 2, 0), (2, 64, 4, 1), (1, 64, 2, 1), (1, 64, 2, 2), (1, 64, 2, 0)]
+CONFIGS = [(2, 128, 2, 1), (2, 64, 4, 1), (1, 64, 2, 1), (1, 64, 2, 2)]
 ROWS = {
     "one": [(1, 1)],
     "whole": [(128, 128), (64, 64), (256, 256)],
@@ -90,7 +90,12 @@ def test_groups_of_heads(heads: int, kv_heads: int, config: Any, device: torch.d
 @pytest.mark.gpu
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 def test_earlier_tokens_are_left_alone_and_later_ones_are_zeros(config: Any, device: torch.device) -> None:
-    batch = Batch(Shape(16, 8, 128), [*[(1, 90)] * 100, (1, 4), (150, 200), (3, 3)], torch.bfloat16, device)
+    batch = Batch(
+        Shape(16, 8, 128),
+        [*[(1, 90)] * 100, (1, 4), (150, 200), (0, 0), (3, 3), *[(0, 0)] * 20],
+        torch.bfloat16,
+        device,
+    )
     out, want = Launches(batch, config, fewer=101, extra=200).run(), batch.want()
     assert (out[:101] == 7).all()
     agree(out[101:254], want[101:])
@@ -103,6 +108,15 @@ def test_programs_take_more_tiles_than_there_are_multiprocessors(device: torch.d
     batch = Batch(Shape(16, 8, 128), [(1024, 1024)] * 5 + [(77, 2100)] * 9, torch.bfloat16, device)
     for config in CONFIGS:
         agree(Launches(batch, config).run(), batch.want())
+
+
+@in_gluon
+@pytest.mark.gpu
+def test_no_tokens(device: torch.device) -> None:
+    batch = Batch(Shape(16, 8, 128), [(5, 9), (0, 0), (0, 0)], torch.bfloat16, device)
+    out = Launches(batch, CONFIGS[3], fewer=1, extra=40).run()
+    assert (out[:5] == 7).all()
+    assert (out[5:] == 0).all()
 
 
 @in_gluon
@@ -132,6 +146,16 @@ def test_what_the_kernel_for_hopper_lacks_is_left_to_the_other(monkeypatch: pyte
     assert asked_for(monkeypatch) == [True]
     for lacking in ({"window": 5}, {"soft_cap": 2.0}, {"causal": False}, {"scale": -1.0}, {"counter": None}):
         assert asked_for(monkeypatch, **lacking) == []
+
+
+def test_few_tokens_beside_decode_are_left_to_the_other() -> None:
+    from nanoengine.kernels.paged_attention_prefill_gluon import warps_config
+
+    few, many = ([warps_config(n, 2, 8, 132, decode_behind=behind) for behind in (False, True)] for n in (600, 8192))
+    assert few[0] is not None
+    assert few[1] is None
+    assert many[0] == many[1] is not None
+    assert few[0].consumers < many[0].consumers
 
 
 def test_what_it_takes() -> None:

@@ -156,6 +156,7 @@ class TritonPaged(AttentionBackend):
                 q, k_cache, v_cache, out, inputs.block_tables[rows:], inputs.seq_lens[rows:],
                 inputs.query_start_loc[rows:], scale=spec.scale, window=spec.window, soft_cap=spec.soft_cap,
                 sinks=spec.sinks, causal=spec.causal, scales=self._scales_of(layer), counter=self._counter,
+                decode_behind=rows > 0,
             )  # fmt: skip
         if rows:
             self._decode(layer, spec, q, out, rows, pad_tokens=0 if prefills else len(q), beside=prefills)

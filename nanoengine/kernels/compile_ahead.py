@@ -59,7 +59,7 @@ class _Pool(ThreadPoolExecutor):
 
     def __init__(self) -> None:
         threads = min(_THREADS, os.cpu_count() or 1)
-        if torch.cuda.is_initialized():
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             super().__init__(threads, initializer=torch.cuda.set_device, initargs=(torch.cuda.current_device(),))
         else:
             super().__init__(threads)

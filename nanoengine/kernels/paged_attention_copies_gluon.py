@@ -1,7 +1,7 @@
 """The warp that feeds `paged_attention_prefill_gluon`: it chooses tiles of queries, and asks the copy engine for them
 and for their rows' keys and values, block by block."""
 
-# mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,assignment"
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,assignment,attr-defined"
 # ruff: noqa: N803, RUF005 - constants of a kernel are in capitals, and Triton knows no starred tuple
 from __future__ import annotations
 

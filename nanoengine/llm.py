@@ -330,7 +330,7 @@ class LLM(LLMSignature):
         text = next((each.prompt for each in prompts if isinstance(each.prompt, str)), None)
         if text is not None:
             self._hinted = True
-            if not any(token in text for token in tokenizer.hf.all_special_tokens):
+            if not any(token in text for token in tokenizer.named_special_texts):
                 _log.warning(
                     "generate continues the text as it is. This model has a chat template: for an answer call "
                     'llm.chat([{"role": "user", "content": text}])'

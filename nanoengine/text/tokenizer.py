@@ -5,9 +5,9 @@ from __future__ import annotations
 import copy
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from nanoengine.text.control_tokens import ControlTokens, control_tokens
 from nanoengine.text.decoding import TokenStream, TokenTable
 from nanoengine.text.encoding import encoded
 from nanoengine.text.git_lfs import refuse_lfs_pointer
+from nanoengine.text.plain_folder import plain_tokenizer
 from nanoengine.text.templates import TemplateProcesses
 
 _OLD_FORMATS = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.json", "vocab.txt")
@@ -41,7 +42,9 @@ def load_tokenizer(path: Path, **options: Any) -> Tokenizer | None:
     for name in _READ_ALWAYS:
         refuse_lfs_pointer(path / name)
     if (path / "tokenizer.json").is_file():
-        return Tokenizer(_load(path, automatic=False), **options)
+        load = partial(_load, path, automatic=False)
+        plain = plain_tokenizer(path)
+        return Tokenizer(load(), **options) if plain is None else Tokenizer(plain, load=load, **options)
     old = next((name for name in _OLD_FORMATS if (path / name).is_file()), None)
     if old is not None:
         refuse_lfs_pointer(path / old)
@@ -56,7 +59,7 @@ def load_tokenizer(path: Path, **options: Any) -> Tokenizer | None:
 
 
 def _load(path: Path, automatic: bool) -> Any:
-    # Importing transformers takes almost a second, AutoTokenizer two more, so they are imported only when needed.
+    # Importing transformers takes a second, AutoTokenizer two more, so they are imported only when needed.
     if automatic:
         _check_class(path)
         from transformers import AutoTokenizer as Loader
@@ -116,13 +119,22 @@ class Tokenizer:
     """Text to ids and back, chat templates, and streams for incremental decoding.
 
     Args:
-        hf: a transformers tokenizer that is based on the `tokenizers` library; no other object may use it.
+        hf: a transformers tokenizer that is based on the `tokenizers` library, or a `PlainTokenizer`; no other object
+            may use it.
+        load: makes the transformers tokenizer where `hf` is none.
         max_tokens: most tokens of a prompt. A text longer than so many of the longest token is rejected untokenized.
         processes: run chat templates; no other object may use them.
     """
 
-    def __init__(self, hf: Any, *, max_tokens: int | None = None, processes: TemplateProcesses | None = None) -> None:
-        self._hf, self._backend = hf, hf.backend_tokenizer
+    def __init__(
+        self,
+        hf: Any,
+        *,
+        load: Callable[[], Any] | None = None,
+        max_tokens: int | None = None,
+        processes: TemplateProcesses | None = None,
+    ) -> None:
+        self._hf, self._load, self._backend = hf, load, hf.backend_tokenizer
         # Some files have the truncation of a training run, but a prompt must never be cut silently.
         self._truncation, self._padding = self._backend.truncation, self._backend.padding
         self._backend.no_truncation()
@@ -138,8 +150,11 @@ class Tokenizer:
         """The transformers tokenizer as it was loaded, which `LLM.get_tokenizer()` returns.
 
         It is a copy, because a user may change it (a call with truncation=True sets truncation permanently), which must
-        not cut prompts. The copy takes time, so it is made when it is first used.
+        not cut prompts. The copy takes time, so it is made when it is first used; from the folder's files where the
+        engine itself needs none.
         """
+        if self._load is not None:
+            return self._load()
         copied = copy.deepcopy(self._hf)
         if self._truncation is not None:
             copied.backend_tokenizer.enable_truncation(**self._truncation)
@@ -157,12 +172,12 @@ class Tokenizer:
         them. Plain data."""
         hf = self._hf
         names = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
-        texts = {name: getattr(hf, name, None) for name in names}
+        texts = {name: hf.special_tokens_map.get(name) for name in names}
         return {
-            "tokenizer_class": type(hf).__name__,
+            "tokenizer_class": getattr(hf, "class_name", type(hf).__name__),
             "chat_template": hf.chat_template,
-            **{name: None if text is None else str(text) for name, text in texts.items()},
-            "additional_special_tokens": sorted(self._table.special - {*map(str, texts.values())}),
+            **texts,
+            "additional_special_tokens": sorted(self._table.special - {*texts.values()}),
             "vocab_size": self.vocab_size,
         }
 
@@ -226,6 +241,11 @@ class Tokenizer:
     def special_texts(self) -> frozenset[str]:
         """Texts of all special tokens."""
         return frozenset(self._table.special)
+
+    @property
+    def named_special_texts(self) -> list[str]:
+        """Texts of the special tokens that the model's folder names, as "eos_token"."""
+        return list(self._hf.all_special_tokens)
 
     @property
     def template_text(self) -> str:

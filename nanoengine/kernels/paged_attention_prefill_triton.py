@@ -222,11 +222,11 @@ def _attends_by_warps(
         return False
     from nanoengine.kernels import paged_attention_prefill_gluon as by_gluon
 
+    if not by_gluon.takes(q, k_cache):
+        return False
     kv_heads = k_cache.shape[1]
     group = q.shape[1] // kv_heads
     config = by_gluon.warps_config(len(q), group, kv_heads, multiprocessors(q.device), decode_behind=decode_behind)
-    if config is None or not by_gluon.takes(q, k_cache):
-        return False
     by_gluon.attend_prefill(q, k_cache, *read, scale=scale, counter=counter, config=config)
     return True
 

@@ -464,6 +464,36 @@ def test_a_capture_that_fails_in_a_step_leaves_only_its_size_eager_and_is_tried_
     assert ("OutOfMemoryError" if fault != "other" else "RuntimeError: not in a capture") in message
 
 
+def test_no_pool_is_used_again_whose_graphs_are_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also not one in which only captures failed: torch raises an internal error, and a later capture cannot begin."""
+    tried, pools = list[int](), list[list[Any]]()  # of each pool references to its graphs
+
+    def captured(run: Any, pool: list[Any], *_: Any) -> Any:
+        assert not pool or any(graph() is not None for graph in pool)
+        tried.append(run.args[0].decode_rows)
+        if tried[-1] == 4 and len(tried) < 8:
+            pool.append(lambda: None)
+            raise OutOfMemory("CUDA out of memory")
+        graph, logits = eager_graph(run)
+        pool.append(weakref.ref(graph))
+        return graph, logits
+
+    def new_pool() -> list[Any]:
+        pools.append([])
+        return pools[-1]
+
+    capturing(monkeypatch, captured)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", new_pool)
+    monkeypatch.setattr(capture._Attempts, "FIRST", 2)
+    with mock_llm(tmp_path, lazy_graphs=True) as llm:
+        asked = prompts(3)
+        for _ in range(6):
+            assert tokens_of(llm.generate(asked, GREEDY, use_tqdm=False)) == [greedy(p, 10) for p in asked]
+        assert llm.stats().graph_steps >= 9
+    assert tried == [1, *[4] * 7]
+    assert len(pools) == 6  # of the first and the two tries behind it one
+
+
 def test_a_failed_capture_is_said_once_and_every_step_is_eager(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -120,7 +120,7 @@ class _Capture:
     def __init__(self, graphs: StepGraphs, finish: FinishStep) -> None:
         self._graphs, self._finish, self.device = graphs, finish, finish.tables.device
         self.sizes = sorted(graphs.sizes.sizes, key=lambda size: (-size.tokens, size))  # the largest first
-        self._pool = torch.cuda.graph_pool_handle()
+        self._pool: Any = None
         # One: for each stream cuBLAS takes memory of its own.
         self._stream: torch.cuda.Stream | None = None
         if self.device.type == "cuda":
@@ -229,7 +229,6 @@ class _Capture:
         graphs = self._graphs
         for held in (graphs.passes, graphs.masked_tails, graphs.logits):
             held.clear()
-        self._pool = torch.cuda.graph_pool_handle()  # no graph may add to the old one, or it would stay
         free_unused(self.device)
 
     def _failure(self, capture: Callable[[], None]) -> BaseException | None:
@@ -253,6 +252,8 @@ class _Capture:
             graphs.passes[size, kind], _ = self._made(partial(graphs.run_tail, size, kind))
 
     def _made(self, run: Callable[[], T]) -> tuple[torch.cuda.CUDAGraph, T]:
+        if not self._graphs.passes and not self._graphs.masked_tails:
+            self._pool = torch.cuda.graph_pool_handle()  # torch takes none whose last graph, also a failed one, is gone
         return captured(run, self._pool, self._stream, self._finish.tp.agree)
 
 
@@ -270,8 +271,7 @@ def captured(
     failure: BaseException | None = None
     try:
         with _no_collection(), torch.cuda.stream(stream):
-            # "thread_local": other threads (the watchdog of collectives, pinned copies) do not break the capture
-            graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+            _begin(graph, pool)
             try:
                 result = run()
             finally:
@@ -283,6 +283,18 @@ def captured(
     if not agree(failure is None):
         raise failure or RuntimeError("another rank could not capture this graph")
     return graph, cast("T", result)
+
+
+def _begin(graph: torch.cuda.CUDAGraph, pool: Any) -> None:
+    """Begins its capture; one that fails half way is ended, or its pool would take what this thread allocates from then
+    on, and no other could begin with it."""
+    try:
+        # "thread_local": other threads (the watchdog of collectives, pinned copies) do not break the capture
+        graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+    except BaseException:
+        with suppress(RuntimeError):
+            _end(graph, pool)
+        raise
 
 
 def _end(graph: torch.cuda.CUDAGraph, pool: Any) -> None:

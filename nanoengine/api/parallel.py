@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+
+
+class PushedSum(Protocol):
+    """One sum over ranks with the residual stream and the norm behind it, which they write into each other's memory."""
+
+    def begin(self) -> Any:
+        """Called by a product that sends itself, when all memory is there. Returns where to, as the kernel takes it."""
+
+    def end(self, parts: Tensor, norm_weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        """[parts, T, H], whose sum is this rank's -> (sum over ranks + residual, the same normalised)."""
 
 
 class TensorParallelGroup(ABC):
@@ -47,6 +57,10 @@ class TensorParallelGroup(ABC):
     def all_reduce_add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor | None]:
         """Sum `x` over ranks. Returns (sum, residual), or (sum + residual, None) if one kernel does both."""
         return self.all_reduce(x), residual
+
+    def pushed_sum(self, residual: Tensor) -> PushedSum | None:
+        """A sum of what is to be added to `residual`, and normalised; None: use `all_reduce_add`."""
+        return None
 
 
 class ShapesOnly(TensorParallelGroup):

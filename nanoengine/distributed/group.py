@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import TCPStore
 
-from nanoengine.api.parallel import TensorParallelGroup
+from nanoengine.api.parallel import PushedSum, TensorParallelGroup
 from nanoengine.distributed.symmetric import SymmetricMemory
 
 _log = logging.getLogger(__name__)
@@ -52,6 +52,7 @@ class DistributedGroup(TensorParallelGroup):
         store: Any,
         entered: Callable[[], None] = lambda: None,
         shared_rows: int = 0,
+        pushes: bool = True,
     ) -> None:
         """Connects to the other ranks.
 
@@ -61,6 +62,7 @@ class DistributedGroup(TensorParallelGroup):
                 raises, it does so on all of them, and the collective does not start.
             shared_rows: on GPUs, small sums and `highest` of up to so many keys use shared memory instead of NCCL; 0:
                 everything uses NCCL.
+            pushes: whether sums of few rows are written into the other ranks' shared memory, else read from it.
         """
         self.rank, self.size, self._device, self._entered = rank, size, device, entered
         _stay_on_this_host()
@@ -73,14 +75,14 @@ class DistributedGroup(TensorParallelGroup):
             timeout=_NEVER,
             device_id=device if on_gpu else None,
         )
-        self._symmetric = self._share_memory(shared_rows) if on_gpu and shared_rows else None
+        self._symmetric = self._share_memory(shared_rows, pushes) if on_gpu and shared_rows else None
 
-    def _share_memory(self, rows: int) -> SymmetricMemory | None:
+    def _share_memory(self, rows: int, pushes: bool) -> SymmetricMemory | None:
         """The shared memory; None if a rank's GPU cannot access the memory of the others, which is logged once."""
         assert dist.group.WORLD is not None
         shared, why = None, "another rank's GPU cannot"
         try:
-            shared = SymmetricMemory(dist.group.WORLD, self._device, rows, self._entered)
+            shared = SymmetricMemory(dist.group.WORLD, self._device, rows, self._entered, pushes=pushes)
         except Exception as error:  # noqa: BLE001 - drivers report this with many errors; NCCL works anyway
             why = f"{type(error).__name__}: {error}"
         if self.minimum(int(shared is not None)):
@@ -99,6 +101,10 @@ class DistributedGroup(TensorParallelGroup):
     def all_reduce_add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor | None]:
         added = None if self._symmetric is None else self._symmetric.all_reduce_add(x, residual)
         return (self.all_reduce(x), residual) if added is None else (added, None)
+
+    def pushed_sum(self, residual: Tensor) -> PushedSum | None:
+        pushed = None if self._symmetric is None else self._symmetric.pushed
+        return None if pushed is None else pushed.of(residual)
 
     def all_reduce(self, x: Tensor) -> Tensor:
         added = None if self._symmetric is None else self._symmetric.all_reduce_add(x, None)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +17,8 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+    from nanoengine.distributed.pushed_sum import PushedSums
 
 _BUFFERS = 3
 _ALIGN = 256
@@ -34,14 +37,22 @@ class SymmetricMemory:
     """
 
     def __init__(
-        self, group: ProcessGroup, device: torch.device, max_rows: int, entered: Callable[[], None] = lambda: None
+        self,
+        group: ProcessGroup,
+        device: torch.device,
+        max_rows: int,
+        entered: Callable[[], None] = lambda: None,
+        *,
+        pushes: bool = True,
     ) -> None:
-        """`max_rows`: most keys of `highest`. `entered`: as in `DistributedGroup`. Raises torch's errors if GPUs cannot
-        access each other's memory."""
+        """`max_rows`: most keys of `highest`. `entered`, `pushes`: as in `DistributedGroup`. Raises torch's errors if
+        GPUs cannot access each other's memory."""
         import torch.distributed as dist
         import torch.distributed._symmetric_memory as symmetric
 
+        from nanoengine.distributed.pushed_sum import COPIES, WORDS, PushedSums
         from nanoengine.kernels import all_reduce_triton
+        from nanoengine.kernels.all_reduce_norm_triton import Inboxes
 
         self._kernels, self._entered = all_reduce_triton, entered
         rank, size = dist.get_rank(group), dist.get_world_size(group)
@@ -49,7 +60,8 @@ class SymmetricMemory:
         self._half = max_rows
         signal_bytes = size * all_reduce_triton.MAX_PROGRAMS * 4
         starts = [0]
-        for part in (_BUFFERS * self.capacity, 2 * max_rows * 8, signal_bytes, signal_bytes):
+        inboxes = (2 * size * WORDS, 2 * size * COPIES, signal_bytes) if pushes else ()
+        for part in (_BUFFERS * self.capacity, 2 * max_rows * 8, signal_bytes, signal_bytes, *inboxes):
             starts.append(starts[-1] + -(-part // _ALIGN) * _ALIGN)
         self._memory = symmetric.empty(starts[-1], dtype=torch.uint8, device=device)
         self._memory.zero_()
@@ -70,6 +82,11 @@ class SymmetricMemory:
 
         self._sums, self._keys = peers(0, starts[2]), peers(starts[1], starts[3])
         self._turn = 0
+        self.pushed: PushedSums | None = None
+        if pushes:
+            words = peers(starts[4], starts[6])
+            copies = replace(words, data=(addresses + starts[5]).to(device))
+            self.pushed = PushedSums(Inboxes(words, WORDS), Inboxes(copies, COPIES), entered)
 
     def begin_forward(self) -> None:
         self._turn = 0

@@ -141,6 +141,7 @@ class Worker:
 
         from nanoengine.core.execution.step_inputs import MOST_PREFILL_ROWS
         from nanoengine.distributed.group import DistributedGroup, join_store, make_store
+        from nanoengine.kernels.choice import KernelChoice
         from nanoengine.setup.start.starter import start_runner
 
         plan, size = self._start.plan, self._start.layout.size
@@ -158,7 +159,8 @@ class Worker:
             store = join_store(self._port(), size)
         rows = plan.options.max_num_seqs + MOST_PREFILL_ROWS if plan.options.custom_all_reduce else 0
         device = torch.device(plan.options.device)
-        group = DistributedGroup(self._rank, size, device, store, self._entered, shared_rows=rows)
+        pushes = KernelChoice.of(plan.options.kernels).has("sums_pushed")
+        group = DistributedGroup(self._rank, size, device, store, self._entered, shared_rows=rows, pushes=pushes)
         return start_runner(plan, TargetLoader(plan.plugin_files), group, clock)
 
     def _port(self) -> int:

@@ -8,7 +8,7 @@ from typing import Literal
 
 KernelName = Literal[
     "attention_codes", "attention_prefill_gluon", "attention_slices", "eight_bit_streamed", "int4_gluon", "int4_tiles",
-    "mask_in_scan", "masks_beside", "matvec_streamed",
+    "mask_in_scan", "masks_beside", "matvec_streamed", "sums_pushed",
 ]  # fmt: skip
 KERNELS: Mapping[KernelName, bool] = {
     "attention_codes": True,  # K and V in eight bits by wgmma on Hopper GPUs; else by the decode kernel in Triton
@@ -20,6 +20,7 @@ KERNELS: Mapping[KernelName, bool] = {
     "mask_in_scan": True,  # a captured draw masks and checks logits as it first reads them; else kernels in front of it
     "masks_beside": True,  # late masks are copied on a stream of their own; else on that of the steps
     "matvec_streamed": False,  # one row times a large weight passes through rings of shared memory; else registers
+    "sums_pushed": True,  # few rows are summed over GPUs, and normalised, by writing to the others; else by reading
 }
 """Whether each is on by default. What reads a name: `KernelChoice.has`."""
 

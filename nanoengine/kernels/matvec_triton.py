@@ -16,6 +16,7 @@ fifth, for one row and a large weight (`matvec_streamed_triton`), where `engine.
 # ruff: noqa: N803 - constants of a kernel are in capitals
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +27,7 @@ from torch import Tensor
 
 from nanoengine.kernels.activation import Activation
 from nanoengine.kernels.activation_triton import act_mul
+from nanoengine.kernels.all_reduce_norm_triton import Inboxes, next_turn, send_words
 from nanoengine.kernels.matvec import takes_gemv
 from nanoengine.kernels.matvec_held_triton import HeldTile, held
 from nanoengine.kernels.matvec_large_triton import LargeTile, large, large_tile
@@ -48,10 +50,11 @@ _FUSED_NORM_MAX_WEIGHTS = 5 << 20  # for two rows: each program repeats the norm
 @triton.jit
 def _gemv_kernel(
     x_ptr, residual_ptr, norm_weight_ptr, weight_ptr, bias_ptr, add_ptr, y_ptr, total_ptr,
-    x_stride, residual_stride, add_stride, eps,
+    data, turns, x_stride, residual_stride, add_stride, capacity, eps,
     T: tl.constexpr, N: tl.constexpr, K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     GATED: tl.constexpr, ACTIVATION: tl.constexpr, NORM: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_ADD: tl.constexpr, PDL: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_ADD: tl.constexpr, SEND: tl.constexpr, RANK: tl.constexpr, SIZE: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)[None, :]
@@ -69,6 +72,8 @@ def _gemv_kernel(
             bias_u = tl.load(bias_ptr + N + n, mask=n_mask, other=0.0).to(tl.float32)
     release_dependents(PDL)
     wait_for_inputs(PDL)
+    if SEND:
+        turn = next_turn(turns, 0)
     for t in tl.static_range(T):
         if PDL and w.dtype.primitive_bitwidth == 16:
             w = pin(w)  # else held weights were widened before the wait, and the next kernel's programs found no room
@@ -99,6 +104,8 @@ def _gemv_kernel(
         if HAS_ADD:
             y += tl.load(add_ptr + t * add_stride + n, mask=n_mask, other=0.0).to(tl.float32)
         tl.store(y_ptr + t * N + n, y.to(y_ptr.dtype.element_ty), mask=n_mask)
+        if SEND:
+            send_words(y, t * N + n, n_mask, data, turn, capacity, RANK, SIZE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,6 +233,26 @@ def matvec(
     return skinny(x, weight, bias, gate=gate, add=add, out=out, tile=tile, tickets=tickets)
 
 
+def product_parts(
+    x: Tensor, weight: Tensor, begin: Callable[[], Inboxes] | None = None, *, streams: bool = False
+) -> Tensor | None:
+    """float32 [parts, T, N] whose sum is the product, where another kernel would add parts of K up, or this product
+    sends itself; else None.
+
+    begin: as of `PushedSum`; products without tensor cores call it, and send. streams: as of `matvec`; those do not.
+    """
+    rows, k = x.shape
+    shape: dict[str, Any] = {"gated": False, "itemsize": x.element_size()}
+    tile = tile_for(rows, len(weight), k, **shape)
+    if isinstance(tile, LargeTile) and tile.splits > 1:
+        return large(x, weight, tile=tile, in_parts=True)
+    if begin is None or not isinstance(tile, GemvTile) or (streams and streamed_tile_of(rows, len(weight), k, **shape)):
+        return None
+    y = torch.empty(1, rows, len(weight), dtype=torch.float32, device=x.device)
+    gemv(x, weight, None, out=y[0], tile=tile, send=begin())
+    return y
+
+
 def norm_matvec(
     x: Tensor,
     residual: Tensor | None,
@@ -275,22 +302,28 @@ def gemv(
     residual: Tensor | None = None,
     out: Tensor | None = None,
     tile: GemvTile | None = None,
+    send: Inboxes | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Product, and the residual stream if there is a norm (else x)."""
+    """Product, and the residual stream if there is a norm (else x). send: where the product goes, too, as words."""
     rows, k = x.shape
     outputs = len(weight) // 2 if gate else len(weight)
     assert rows <= MAX_ROWS, rows
     check(x, weight, add, outputs)
     y = result(x, outputs, out)
+    assert send is None or (y.dtype == torch.float32 and y.numel() * 8 <= send.capacity), y
     # a buffer of its own: other programs still read `residual`
     total = x if residual is None else torch.empty(rows, k, dtype=x.dtype, device=x.device)
     tile = tile or gemv_tile(k, gated=gate is not None, itemsize=x.element_size())
     _gemv_kernel[(triton.cdiv(outputs, tile.block_n),)](
         x, residual if residual is not None else x, norm_weight if norm_weight is not None else x, weight,
         bias if bias is not None else x, add if add is not None else x, y, total,
-        x.stride(0), 0 if residual is None else residual.stride(0), 0 if add is None else add.stride(0), eps,
+        y if send is None else send.peers.data, y if send is None else send.peers.turns,
+        x.stride(0), 0 if residual is None else residual.stride(0), 0 if add is None else add.stride(0),
+        16 if send is None else send.capacity, eps,
         T=rows, N=outputs, K=k, BLOCK_N=tile.block_n, BLOCK_K=triton.next_power_of_2(k),
         GATED=gate is not None, ACTIVATION=gate, NORM=norm_weight is not None, HAS_RESIDUAL=residual is not None,
-        HAS_BIAS=bias is not None, HAS_ADD=add is not None, num_warps=tile.warps, **pdl_options(x),
+        HAS_BIAS=bias is not None, HAS_ADD=add is not None, SEND=send is not None,
+        RANK=0 if send is None else send.peers.rank, SIZE=1 if send is None else send.peers.size,
+        num_warps=tile.warps, **pdl_options(x),
     )  # fmt: skip
     return y, total

@@ -8,7 +8,9 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import logging
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -93,6 +95,15 @@ class Ops:
         next_norm: the weight of the norm through which the sum is read next, if that is known; a hint.
         """
         return self.linear(x, weight, bias), residual
+
+    def linear_parts(self, x: Tensor, weight: Tensor, bias: Tensor | None, begin: Callable[[], Any]) -> Tensor:
+        """[parts, T, N], whose sum is `linear`, for a `PushedSum` that adds them up, too; several are float32.
+
+        begin: as of `PushedSum`; a product that sends itself to the other ranks calls it."""
+        return self.linear(x, weight, bias).unsqueeze(0)
+
+    def keep_normed(self, total: Tensor, norm_weight: Tensor, normed: Tensor) -> None:
+        """`normed` is `total` normalised: a hint for `norm_linear`, if that reads `total` next."""
 
     def qk_norm_rope_store(
         self,
@@ -196,6 +207,7 @@ class TritonOps(Ops):
         self._products = matmul_launch.Products() if products else None
         self.prepares_norms = products
         self._ahead = Ahead()
+        self._normed: tuple[Tensor, Tensor, Tensor] | None = None  # of `keep_normed`
         self._streams = kernels.has("matvec_streamed")
 
     def embedding(self, ids: Tensor, weight: Tensor) -> Tensor:
@@ -245,6 +257,9 @@ class TritonOps(Ops):
         gate: Activation | None = None,
     ) -> tuple[Tensor, Tensor]:
         scaled = self._ahead.taken(x, residual, norm_weight)
+        known, self._normed = self._normed, None
+        if known is not None and residual is None and known[0] is x and known[1] is norm_weight:
+            return self._gated(known[2], weight, bias, gate), x
         if self._products is not None and self._products.takes(x, weight, bias, gate):
             if scaled is not None:
                 return self._products(scaled, weight, eps=eps, gate=gate)[0], x
@@ -257,6 +272,25 @@ class TritonOps(Ops):
                 x, residual, norm_weight, eps, weight, bias, gate=gate, tickets=tickets, streams=self._streams
             )
         return super().norm_linear(x, residual, norm_weight, eps, weight, bias, gate=gate)
+
+    def _gated(self, x: Tensor, weight: Tensor, bias: Tensor | None, gate: Activation | None) -> Tensor:
+        if gate and self._products is not None and self._products.takes(x, weight, bias, gate):
+            return self._products(x, weight, gate=gate)[0]
+        if gate and self._few(x, weight):
+            tickets = self._tickets_on(x.device)
+            return self._matvec.matvec(x, weight, bias, gate=gate, tickets=tickets, streams=self._streams)
+        y = self.linear(x, weight, bias)
+        return self.act_and_mul(y, gate) if gate else y
+
+    def linear_parts(self, x: Tensor, weight: Tensor, bias: Tensor | None, begin: Callable[[], Any]) -> Tensor:
+        if bias is None and self._few(x, weight):
+            parts = self._matvec.product_parts(x, weight, begin, streams=self._streams)
+            if parts is not None:
+                return parts
+        return super().linear_parts(x, weight, bias, begin)
+
+    def keep_normed(self, total: Tensor, norm_weight: Tensor, normed: Tensor) -> None:
+        self._normed = total, norm_weight, normed
 
     def linear_add(
         self,

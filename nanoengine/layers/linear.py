@@ -204,6 +204,13 @@ class RowParallelLinear(ParallelLinear):
             return super().added(x, residual)
         if not self.reduce:
             return self(x), residual
+        norm, plain = self.next_norm, type(self.method) is Unquantised
+        pushed = self.tp.pushed_sum(residual) if norm is not None and plain else None
+        if norm is not None and pushed is not None:
+            parts = self.ops.linear_parts(x, self.get_parameter("weight"), self._bias_once, pushed.begin)
+            total, normed = pushed.end(parts, norm.weight, norm.eps)
+            self.ops.keep_normed(total, norm.weight, normed)
+            return total, None
         out = self.tp.partial_sum(len(x), self.out_features, x.dtype)
         return self.tp.all_reduce_add(self.method.apply(self, x, self._bias_once, out=out), residual)
 

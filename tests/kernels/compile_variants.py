@@ -214,6 +214,20 @@ def prompts(every: bool) -> Iterator[Launch]:
         )
 
 
+def sums(every: bool) -> Iterator[Launch]:
+    from nanoengine.kernels.all_reduce_norm_triton import Inboxes, all_reduce_norm
+    from nanoengine.kernels.all_reduce_triton import MAX_PROGRAMS, Peers
+    from nanoengine.kernels.matvec_triton import product_parts
+
+    addresses, turns = rand(2, dtype=torch.int64), rand(MAX_PROGRAMS, dtype=torch.int32)
+    inboxes = Inboxes(Peers(0, 2, addresses, addresses, turns), 1 << 20)
+    for sent, count in ((True, 1), (False, 1), (False, 2)):
+        parts, stream = rand(count, 8, HIDDEN, dtype=torch.float32), rand(8, HIDDEN)
+        launch = partial(all_reduce_norm, inboxes, parts, stream, rand(HIDDEN), 1e-6, sent=sent, out=stream)
+        yield f"sum over ranks, {count} parts, {sent}", partial(launch, normed=stream)
+    yield "product that sends itself", partial(product_parts, rand(1, 2048), rand(HIDDEN, 2048), lambda: inboxes)
+
+
 def masked_draws(every: bool) -> Iterator[Launch]:
     from nanoengine.kernels import sampling_triton
 
@@ -230,7 +244,7 @@ def masked_draws(every: bool) -> Iterator[Launch]:
 def main() -> None:
     only_compile()
     every, failed = "--all" in sys.argv, 0
-    for kind in (eight_bit, int4, int4_for_hopper, gguf, fragments, caches, prompts, masked_draws):
+    for kind in (eight_bit, int4, int4_for_hopper, gguf, fragments, caches, prompts, masked_draws, sums):
         for name, launch in kind(every):
             try:
                 launch()

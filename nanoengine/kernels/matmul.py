@@ -16,8 +16,8 @@ from torch import Tensor
 from nanoengine.kernels.activation import Activation
 from nanoengine.kernels.matvec import matvec
 
-MIN_ROWS, MAX_ROWS, MAX_GATED_ROWS = 33, 256, 16384
-_GLUON_ROWS = 192  # beyond, the same tiles by Triton's own pipeline are faster
+MIN_ROWS, MAX_GATED_ROWS = 33, 16384
+_WAVE_ROWS = 512  # tiles of up to so many rows are one wave of programs
 _SHORT = 1024  # of outputs or of K, as in Qwen3-0.6B
 _MAX_WEIGHTS = 8 << 20
 MOST_SPLITS = 4
@@ -26,8 +26,9 @@ _SHARED_BYTES = 200 << 10  # of 227 KiB that a program may have
 
 @dataclass(frozen=True, slots=True)
 class MatmulTile:
-    """Rows, outputs and K a tile, warps, pipeline stages. gluon: by `matmul_gluon`, else by `matmul_triton`. splits:
-    parts of K, each a program of its own; only with gluon, and of x that no norm is to be applied to."""
+    """Rows, outputs and K a tile, warps, pipeline stages. gluon: by `matmul_gluon`, else by `matmul_triton`, which has
+    nothing of what follows. splits: parts of K, each a program of its own; only of x that no norm is to be applied to.
+    staged: results pass through shared memory, so that threads read and write whole lines."""
 
     block_m: int
     block_n: int
@@ -36,6 +37,7 @@ class MatmulTile:
     stages: int
     gluon: bool = False
     splits: int = 1
+    staged: bool = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -107,35 +109,46 @@ def matmul_tile(
     """The tile of a product. normed: x is `Scaled`. None: cuBLAS, or the kernels for few rows, are as fast or faster,
     or it was not measured.
 
-    From a chain of layers of Qwen3-0.6B (bf16, one H200, torch 2.11, Triton 3.6, 2026-11-29; 174 tiles, each by both
-    kernels); larger models were not measured. Beyond 128 rows what counts is how much tiles read from L2 (about
-    7.5 TB/s); beyond 256 rows cuBLAS, whose programs share what they read, is faster, even with norms as launches of
-    their own; but not than a product with a gate, which needs no launch for it (448, 704, 1088, 2048 and 8192 rows).
+    From chains of layers of Qwen3-0.6B (bf16, one H200, torch 2.11, Triton 3.6, 2026-11-30; some 60 tiles a product at
+    128, 256, 448, 704 and 1088 rows; 64 rows a day before). Of Qwen3-8B, cuBLAS is faster. Beyond 128 rows what counts
+    is how much tiles read from L2 (about 7.5 TB/s).
     """
-    weights, most = outputs * k * (2 if gated else 1), MAX_GATED_ROWS if gated else MAX_ROWS
-    if itemsize != 2 or not MIN_ROWS <= rows <= most or weights > _MAX_WEIGHTS or min(outputs, k) > _SHORT:
+    weights = outputs * k * (2 if gated else 1)
+    if itemsize != 2 or not MIN_ROWS <= rows <= MAX_GATED_ROWS or weights > _MAX_WEIGHTS or min(outputs, k) > _SHORT:
         return None
     if k % 128 or outputs % 64:
         return None
-    if rows > MAX_ROWS:
-        wide = 576 < rows <= 832 and outputs % 128 == 0
-        return MatmulTile(64, 128, 64, warps=4, stages=5) if wide else MatmulTile(128, 64, 64, warps=8, stages=3)
-    if outputs <= _SHORT < k and not gated and not normed:
-        # Few tiles, and long rows of x, of which small tiles would read too much: so parts of K. At 64, 128 and 256
-        # rows the products of a layer take 18.6, 23.3 and 29.9 us with them, 22.1, 24.3 and 30.8 in tiles of 32.
+    if rows > 256:
+        return _tile_of_many(rows, outputs, k, gated=gated)
+    if outputs <= _SHORT < k and not gated and not normed and (rows <= 64 or k > 2 * _SHORT):
+        # Few tiles, and long rows of x, of which small tiles would read too much: so parts of K.
         splits, tiles = MOST_SPLITS if rows <= 64 else 2, -(-rows // 64) * (outputs // 64)
         if k % (128 * splits) == 0 and tiles * splits <= multiprocessors:  # they wait for each other
-            return _deepest(64, 64, 128, gluon=True, splits=splits)
-    few = outputs <= _SHORT  # small tiles, so that there is a program for every other multiprocessor
-    if rows > _GLUON_ROWS:
-        return _deepest(128, 64, 64, gated=True) if gated else _deepest(64, 32 if few else 128, 128)
-    block_n = 32 if few or (gated and rows <= 64) else 64
-    return _deepest(64, block_n, 128, gated=gated, gluon=True)
+            return _deepest(64, 64, 128, splits=splits)
+    if gated and rows > 64:
+        return _deepest(64 if rows <= 192 else 128, 64, 64, gated=True)
+    if gated or outputs <= _SHORT:  # small tiles, so that there is a program for every other multiprocessor
+        return _deepest(64, 32, 128, gated=gated)
+    return _deepest(64, 64, 128) if rows <= 192 else MatmulTile(64, 128, 128, warps=4, stages=4)
 
 
-def _deepest(
-    block_m: int, block_n: int, block_k: int, *, gated: bool = False, gluon: bool = False, splits: int = 1
-) -> MatmulTile:
-    """With as many stages as shared memory holds, up to eight: bytes in flight count most."""
+def _tile_of_many(rows: int, outputs: int, k: int, *, gated: bool) -> MatmulTile | None:
+    """More than 256 rows. Where tiles are more than one wave of programs cuBLAS, whose programs share what they read,
+    is faster, even with norms as launches of their own; but not than a product with a gate, which needs no launch for
+    it, nor, some rows further, than one that adds up many values."""
+    if gated:
+        if 576 < rows <= 832 and outputs % 128 == 0:
+            return MatmulTile(64, 128, 64, warps=4, stages=5)
+        return MatmulTile(128, 64, 64, warps=8, stages=3, gluon=True, staged=rows > 832)
+    if outputs > _SHORT:
+        one_wave = rows <= _WAVE_ROWS and outputs <= 4 * _SHORT
+        return MatmulTile(64, 128, 64, warps=4, stages=4, gluon=True, staged=True) if one_wave else None
+    if rows <= _WAVE_ROWS:
+        return _deepest(64, 64, 128 if k > 2 * _SHORT else 64)
+    return MatmulTile(128, 64, 64, warps=8, stages=8, gluon=True) if 576 < rows <= 832 and k > 2 * _SHORT else None
+
+
+def _deepest(block_m: int, block_n: int, block_k: int, *, gated: bool = False, splits: int = 1) -> MatmulTile:
+    """By Gluon, with as many stages as shared memory holds, up to eight: bytes in flight count most."""
     stage = (block_m + block_n * (2 if gated else 1)) * block_k * 2
-    return MatmulTile(block_m, block_n, block_k, 4, min(8, _SHARED_BYTES // stage), gluon, splits)
+    return MatmulTile(block_m, block_n, block_k, 4, min(8, _SHARED_BYTES // stage), gluon=True, splits=splits)

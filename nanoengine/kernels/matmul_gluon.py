@@ -2,8 +2,8 @@
 see `matmul`. Compute capability 9.0 only.
 
 Gluon says where everything lies, which Triton does not: all stages of a tile's weights are asked for before the wait,
-those of x behind it. Gluon has no interpreter, so this kernel is tested on a GPU, and compiled everywhere;
-`matmul_triton` is the same without the order.
+those of x behind it, and what the end needs of other tensors before the products. Gluon has no interpreter, so this
+kernel is tested on a GPU, and compiled everywhere; `matmul_triton` is the same without the order.
 
 Where tiles are few, K is cut in parts. All programs run at the same time, so those of a tile wait for each other, and
 each adds up, in order, and finishes its share of the tile's rows: nothing is left for a last one to do. Programs of a
@@ -42,13 +42,37 @@ def _release_dependents():
 
 
 @gluon.jit
-def _ask_for_weights(weight_desc, weights, ups, ready, stage, n, k, N: gl.constexpr, GATED: gl.constexpr,
-                     BYTES: gl.constexpr):  # fmt: skip
-    """BYTES: of all that belongs to a stage, x too."""
+def _ask_for_weights(weight_desc, weights, ready, stage, n, k, N: gl.constexpr, BLOCK_N: gl.constexpr,
+                     GATED: gl.constexpr, BYTES: gl.constexpr):  # fmt: skip
+    """Rows of the gate, and below them those of up. BYTES: of all that belongs to a stage, x too."""
     mbarrier.expect(ready.index(stage), BYTES)
-    tma.async_copy_global_to_shared(weight_desc, [n, k], ready.index(stage), weights.index(stage))
     if GATED:
-        tma.async_copy_global_to_shared(weight_desc, [N + n, k], ready.index(stage), ups.index(stage))
+        gate, up = weights.index(stage).slice(0, BLOCK_N), weights.index(stage).slice(BLOCK_N, BLOCK_N)
+        tma.async_copy_global_to_shared(weight_desc, [n, k], ready.index(stage), gate)
+        tma.async_copy_global_to_shared(weight_desc, [N + n, k], ready.index(stage), up)
+    else:
+        tma.async_copy_global_to_shared(weight_desc, [n, k], ready.index(stage), weights.index(stage))
+
+
+@gluon.jit
+def _halves(acc):
+    """[M, N] -> the left and the right half of the columns; each thread keeps what it has."""
+    m: gl.constexpr = acc.shape[0]
+    n: gl.constexpr = acc.shape[1]
+    return gl.split(gl.permute(gl.reshape(acc, [m, 2, n // 2]), (0, 2, 1)))
+
+
+@gluon.jit
+def _squares(squares_ptr, rows, m0, BLOCK_M: gl.constexpr, PARTS: gl.constexpr, WARPS: gl.constexpr):
+    """[parts, BLOCK_M], to be added up over parts, which are one thread's: they may arrive during the products."""
+    at: gl.constexpr = gl.BlockedLayout([32, 1], [1, 32], [1, WARPS], [1, 0])
+    p = gl.arange(0, 32, layout=gl.SliceLayout(1, at))[:, None]
+    m = m0 + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, at))[None, :]
+    square = gl.load(squares_ptr + p * rows + m, mask=(p < PARTS) & (m < rows), other=0.0)
+    for first in gl.static_range(32, PARTS, 32):
+        mask = (first + p < PARTS) & (m < rows)
+        square += gl.load(squares_ptr + (first + p) * rows + m, mask=mask, other=0.0)
+    return square
 
 
 @gluon.jit
@@ -81,82 +105,92 @@ def _matmul_kernel(
     rows, add_stride, eps,
     N: gl.constexpr, K: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr,
     STAGES: gl.constexpr, SQUARES: gl.constexpr, GATED: gl.constexpr, HAS_ADD: gl.constexpr, NEXT: gl.constexpr,
-    WARPS: gl.constexpr, SPLITS: gl.constexpr,
+    WARPS: gl.constexpr, SPLITS: gl.constexpr, STAGED: gl.constexpr,
 ):  # fmt: skip
     tiles_m = gl.cdiv(rows, BLOCK_M)
     tile_n = gl.program_id(1) // tiles_m
     m0, n0 = (gl.program_id(1) % tiles_m) * BLOCK_M, tile_n * BLOCK_N
     steps: gl.constexpr = (K // SPLITS + BLOCK_K - 1) // BLOCK_K
     first = gl.program_id(0) * (steps * BLOCK_K)
-    size: gl.constexpr = (BLOCK_M + BLOCK_N * (2 if GATED else 1)) * BLOCK_K * 2
+    width: gl.constexpr = BLOCK_N * (2 if GATED else 1)
+    size: gl.constexpr = (BLOCK_M + width) * BLOCK_K * 2
     xs = gl.allocate_shared_memory(x_desc.dtype, [STAGES, BLOCK_M, BLOCK_K], x_desc.layout)
-    ws = gl.allocate_shared_memory(weight_desc.dtype, [STAGES, BLOCK_N, BLOCK_K], weight_desc.layout)
-    us = ws
-    if GATED:
-        us = gl.allocate_shared_memory(weight_desc.dtype, [STAGES, BLOCK_N, BLOCK_K], weight_desc.layout)
+    ws = gl.allocate_shared_memory(weight_desc.dtype, [STAGES, width, BLOCK_K], weight_desc.layout)
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
         mbarrier.init(ready.index(i), count=1)
     _release_dependents()
     for i in gl.static_range(STAGES):
         if i < steps:
-            _ask_for_weights(weight_desc, ws, us, ready, i, n0, first + i * BLOCK_K, N, GATED, size)
+            _ask_for_weights(weight_desc, ws, ready, i, n0, first + i * BLOCK_K, N, BLOCK_N, GATED, size)
     _wait_for_inputs()
     for i in gl.static_range(STAGES):
         if i < steps:
             tma.async_copy_global_to_shared(x_desc, [m0, first + i * BLOCK_K], ready.index(i), xs.index(i))
 
-    layout: gl.constexpr = gl.NVMMADistributedLayout(
-        version=[3, 0], warps_per_cta=[WARPS, 1], instr_shape=[16, BLOCK_N, 16]
+    products: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[WARPS, 1], instr_shape=[16, width, 16]
     )
-    m = m0 + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, layout))
-    n = n0 + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, layout))
-    scale = gl.full([BLOCK_M], 1.0, gl.float32, layout=gl.SliceLayout(1, layout))
+    acc = gl.zeros([BLOCK_M, width], gl.float32, layout=products)
+    if GATED:
+        like, _ = _halves(acc)
+    else:
+        like = acc
+    direct: gl.constexpr = like.type.layout
+    # What a thread holds at the end: of a share of parts, or of whole lines, or what the products leave.
+    lanes: gl.constexpr = 32 if BLOCK_N >= 256 else BLOCK_N // 8
+    lines: gl.constexpr = gl.BlockedLayout([1, 8], [32 // lanes, lanes], [WARPS, 1], [1, 0])
+    shares: gl.constexpr = gl.BlockedLayout([1, 4], [128 // BLOCK_N, BLOCK_N // 4], [WARPS, 1], [1, 0])
+    layout: gl.constexpr = shares if SPLITS > 1 else lines if STAGED else direct
+    own: gl.constexpr = BLOCK_M // SPLITS
+    o = gl.program_id(0) * own + gl.arange(0, own, layout=gl.SliceLayout(1, layout))
+    c = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, layout))
+    m, n = m0 + o, n0 + c
+    row, mask = m.to(gl.int64)[:, None], (m < rows)[:, None] & (n < N)[None, :]
+    # Read in front of the products, so that nothing is waited for behind them.
     if SQUARES > 0:
-        square = gl.zeros([BLOCK_M], gl.float32, layout=gl.SliceLayout(1, layout))
-        for part in gl.static_range(SQUARES):
-            square += gl.load(squares_ptr + part * rows + m, mask=m < rows, other=0.0)
-        scale = gl.rsqrt(square / K + eps)
-    acc = gl.zeros([BLOCK_M, BLOCK_N], gl.float32, layout=layout)
-    up = gl.zeros([BLOCK_M, BLOCK_N], gl.float32, layout=layout)
+        square = _squares(squares_ptr, rows, m0, BLOCK_M, SQUARES, WARPS)
+    if HAS_ADD:
+        add = gl.load(add_ptr + row * add_stride + n[None, :], mask=mask, other=0.0)
+    if NEXT:
+        next_weight = gl.load(next_ptr + n, mask=n < N, other=0.0)
+
     for step in range(steps):
         stage = step % STAGES
         mbarrier.wait(ready.index(stage), (step // STAGES) & 1)
         acc = warpgroup_mma(xs.index(stage), ws.index(stage).permute((1, 0)), acc, is_async=True)
-        if GATED:
-            up = warpgroup_mma(xs.index(stage), us.index(stage).permute((1, 0)), up, is_async=True)
-            acc, up = warpgroup_mma_wait(2, deps=(acc, up))
-        else:
-            acc = warpgroup_mma_wait(1, deps=(acc,))
+        acc = warpgroup_mma_wait(1, deps=(acc,))
         later = step - 1 + STAGES
-        if (step >= 1) & (later < steps):  # the products before these are done with their stage
+        if (step >= 1) & (later < steps):  # the product before this one is done with its stage
             free = (step - 1) % STAGES
-            _ask_for_weights(weight_desc, ws, us, ready, free, n0, first + later * BLOCK_K, N, GATED, size)
+            _ask_for_weights(weight_desc, ws, ready, free, n0, first + later * BLOCK_K, N, BLOCK_N, GATED, size)
             tma.async_copy_global_to_shared(x_desc, [m0, first + later * BLOCK_K], ready.index(free), xs.index(free))
-    if GATED:
-        acc, up = warpgroup_mma_wait(0, deps=(acc, up))
-    else:
-        acc = warpgroup_mma_wait(0, deps=(acc,))
+    acc = warpgroup_mma_wait(0, deps=(acc,))
 
-    y = acc * scale[:, None]
-    if GATED:
-        y = y / (1.0 + gl.exp(-y)) * (up * scale[:, None])
     if SPLITS > 1:  # without squares and gate
-        rows_at: gl.constexpr = gl.BlockedLayout([1, 4], [128 // BLOCK_N, BLOCK_N // 4], [WARPS, 1], [1, 0])
-        o = gl.program_id(0) * (BLOCK_M // SPLITS) + gl.arange(0, BLOCK_M // SPLITS, layout=gl.SliceLayout(1, rows_at))
-        c = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, rows_at))
         at = o[:, None] * BLOCK_N + c[None, :]
-        y = _share_of_parts(acc, part_ptr, ticket_ptr, at, rows_at, BLOCK_M, BLOCK_N, SPLITS)
-        m, n = m0 + o, n0 + c
-    row, mask = m.to(gl.int64)[:, None], (m < rows)[:, None] & (n < N)[None, :]
+        y = _share_of_parts(acc, part_ptr, ticket_ptr, at, layout, BLOCK_M, BLOCK_N, SPLITS)
+    elif GATED:
+        y, up = _halves(acc)
+    else:
+        y = acc
+    if SQUARES > 0:
+        scale = gl.rsqrt(gl.sum(square, 0) / K + eps)
+        scale = gl.convert_layout(scale, gl.SliceLayout(1, direct))[:, None]
+        y = y * scale
+        if GATED:
+            up = up * scale
+    if GATED:
+        y = y / (1.0 + gl.exp(-y)) * up
+    y = gl.convert_layout(y, layout)
     if HAS_ADD:
-        y += gl.load(add_ptr + row * add_stride + n[None, :], mask=mask, other=0.0).to(gl.float32)
+        y += add.to(gl.float32)
     out = y.to(y_ptr.dtype.element_ty)
     gl.store(y_ptr + row * N + n[None, :], out, mask=mask)
     if NEXT:
         wide = gl.where(mask, out.to(gl.float32), 0.0)
-        next_weight = gl.load(next_ptr + n, mask=n < N, other=0.0).to(gl.float32)
-        gl.store(scaled_ptr + row * N + n[None, :], (wide * next_weight[None, :]).to(out.dtype), mask=mask)
+        scaled = wide * next_weight.to(gl.float32)[None, :]
+        gl.store(scaled_ptr + row * N + n[None, :], scaled.to(out.dtype), mask=mask)
         gl.store(sums_ptr + tile_n * rows + m, gl.sum(wide * wide, 1), mask=m < rows)
 
 
@@ -200,7 +234,7 @@ def matmul(
         *given.pointers(), part, given.y if tickets is None else tickets,
         given.rows, 0 if add is None else add.stride(0), eps,
         K=k, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
-        STAGES=stages, **given.constants, SPLITS=tile.splits,
+        STAGES=stages, **given.constants, SPLITS=tile.splits, STAGED=tile.staged,
         WARPS=tile.warps, num_warps=tile.warps, launch_pdl=True,
     )  # fmt: skip
     return given.y, given.scaled

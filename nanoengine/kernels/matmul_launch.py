@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from nanoengine.kernels.gluon import is_hopper, multiprocessors, runs_gluon
 from nanoengine.kernels.matmul import MOST_SPLITS, MatmulTile, Scaled, matmul_tile
 
 _MOST_TILES = 256  # that wait for each other
+_MEASURED_WITHOUT = 192  # rows; beyond, `matmul_triton` with a gate is faster than cuBLAS and a launch for the gate
 
 
 class Products:
@@ -52,5 +54,6 @@ def _tile(x: Tensor, weight: Tensor, gate: Activation | None, *, normed: bool = 
     )  # fmt: skip
     if tile is None or not tile.gluon:
         return tile
-    fits = gate in (None, "silu") and runs_gluon(x.device, "some products run on slower kernels", "matmul_gluon")
-    return tile if fits else None
+    if gate in (None, "silu") and runs_gluon(x.device, "some products run on slower kernels", "matmul_gluon"):
+        return tile
+    return replace(tile, gluon=False) if gate and len(x) > _MEASURED_WITHOUT else None

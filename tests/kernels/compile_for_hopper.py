@@ -213,10 +213,11 @@ def layer_product(rows: int, outputs: int, k: int, *, gated: bool) -> dict[str, 
     assert tile is not None
     module, reads = (matmul_gluon if tile.gluon else matmul_triton), outputs > HIDDEN // 2
     others = {"AHEAD": 256, "HAS_BIAS": False, "ACTIVATION": "silu", "PDL": True}
+    own = {"WARPS": tile.warps, "SPLITS": tile.splits, "STAGED": tile.staged}
     constants = {
         "N": outputs, "K": k, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k,
         "STAGES": tile.stages, "SQUARES": 32 if reads else 0, "GATED": gated, "HAS_ADD": not reads,
-        "NEXT": not reads, **({"WARPS": tile.warps, "SPLITS": tile.splits} if tile.gluon else others),
+        "NEXT": not reads, **(own if tile.gluon else others),
     }  # fmt: skip
     given = {**kinds(bf16="weight bias add next y scaled", fp32="squares sums part", i32="ticket"), "rows": "i32"}
     given |= {"add_stride": "stride", "eps": "fp32"}
@@ -349,9 +350,11 @@ def main() -> None:
         (64, 16, 32, 4),
     ):
         found[f"drafts {rows} x {queries}, {heads} heads"] = drafts(rows, queries, heads, kv_heads)
-    for rows in (64, 128, 256):
-        for name, n, k in (("qkv", 4096, 1024), ("o", 1024, 2048), ("gate_up", 3072, 1024)):
+    for rows in (64, 128, 256, 512):
+        for name, n, k in (("qkv", 4096, 1024), ("o", 1024, 2048), ("gate_up", 3072, 1024), ("down", 1024, 3072)):
             found[f"layer {name} x{rows}"] = layer_product(rows, n, k, gated=name == "gate_up")
+    found["layer gate_up x1088"] = layer_product(1088, 3072, 1024, gated=True)
+    found["layer down x704"] = layer_product(704, 1024, 3072, gated=False)
     for name, n, k in (("qkv", 6144, 4096), ("o", 4096, 4096), ("gate_up", 12288, 4096), ("down", 4096, 12288)):
         norm = name in ("qkv", "gate_up")
         found[f"streamed {name}"] = streamed(n, k, gated=name == "gate_up", norm=norm)

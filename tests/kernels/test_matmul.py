@@ -96,32 +96,49 @@ def test_what_the_copy_engine_cannot_read_is_not_taken(rand) -> None:
     assert not takes(rand(32, 20).T, weight)
 
 
-def test_only_what_was_measured_has_a_tile() -> None:
-    """The four products of a layer of Qwen3-0.6B, from 33 rows to 256, the gated one beyond; not larger models' or odd
-    ones."""
-    layer = {
-        "qkv": (4096, 1024, False),
-        "o": (1024, 2048, False),
-        "gate_up": (3072, 1024, True),
-        "down": (1024, 3072, False),
-    }
-    for (n, k, gated), rows in product(layer.values(), [1, 32, 33, 64, 65, 192, 193, 256, 257, 4096]):
-        tile = matmul_tile(rows, n, k, gated=gated, itemsize=2)
-        assert (tile is not None) == (33 <= rows <= (16384 if gated else 256))
+LAYER = {
+    "qkv": (4096, 1024, False),
+    "o": (1024, 2048, False),
+    "gate_up": (3072, 1024, True),
+    "down": (1024, 3072, False),
+}  # of Qwen3-0.6B: outputs, K, gated
+
+
+@pytest.mark.parametrize("rows", [1, 32, 33, 64, 65, 192, 193, 256, 257, 512, 513, 576, 577, 832, 833, 4096, 16384])
+def test_only_what_was_measured_has_a_tile(rows) -> None:
+    """The four products of a layer, from 33 rows to 512, some of them beyond."""
+    last = {"qkv": 512, "o": 512, "gate_up": 16384, "down": 512}
+    for name, (n, k, gated) in LAYER.items():
+        tile = matmul_tile(rows, n, k, gated=gated, itemsize=2, normed=name in ("qkv", "gate_up"))
+        owned = 33 <= rows <= last[name] or (name == "down" and 576 < rows <= 832)
+        assert (tile is not None) == owned, name
         assert matmul_tile(rows, n, k, gated=gated, itemsize=4) is None
-        if tile is not None:
-            split = n == 1024
-            assert tile.gluon == (rows <= 192 or split)
-            assert tile.splits == ((4 if rows <= 64 else 2) if split else 1)
-            stage = (tile.block_m + tile.block_n * (1 + gated)) * tile.block_k * 2
-            assert tile.stages >= 3
-            assert stage * tile.stages <= 227 << 10
-            assert (n % tile.block_n, k % (tile.block_k * tile.splits)) == (0, 0)
+        if tile is None:
+            continue
+        by_triton = (name == "qkv" and 192 < rows <= 256) or (name == "gate_up" and 576 < rows <= 832)
+        assert tile.gluon == (not by_triton), name
+        split = n == 1024 and (rows <= 64 or (name == "down" and rows <= 256))
+        assert tile.splits == ((4 if rows <= 64 else 2) if split else 1), name
+        stage = (tile.block_m + tile.block_n * (1 + gated)) * tile.block_k * 2
+        assert tile.stages >= 3
+        assert stage * tile.stages <= 227 << 10
+        assert (n % tile.block_n, k % (tile.block_k * tile.splits)) == (0, 0)
+        if 256 < rows <= 512:  # one wave, of one or two programs to a multiprocessor
+            programs = -(-rows // tile.block_m) * (n // tile.block_n)
+            assert programs <= 132 * (2 if stage * tile.stages <= 112 << 10 else 1), name
+
+
+def test_other_sizes_and_gpus_have_no_tiles_that_need_measuring() -> None:
+    """Larger models' products, odd ones, and those of parts on a GPU that cannot hold all programs at a time: none may
+    wait for another."""
     assert matmul_tile(64, 1024, 3072, gated=False, itemsize=2, normed=True).splits == 1
-    for few in (16, 100):  # multiprocessors that cannot hold all programs at a time: none waits for another
+    for few in (16, 100):
         assert matmul_tile(256, 1024, 3072, gated=False, itemsize=2, multiprocessors=few).splits == 1
     for n, k in [(6144, 4096), (3072, 2048), (1000, 1024), (1024, 1000), (151936, 1024)]:
-        assert matmul_tile(64, n, k, gated=False, itemsize=2) is None
+        for rows in (64, 400, 700):
+            assert matmul_tile(rows, n, k, gated=False, itemsize=2) is None
+    assert matmul_tile(64, 8192, 1024, gated=False, itemsize=2) is not None
+    assert matmul_tile(400, 8192, 1024, gated=False, itemsize=2) is None
 
 
 @pytest.mark.parametrize("rows", [260, 600])
@@ -141,7 +158,9 @@ def test_many_rows_take_their_gate_in_the_product(
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("rows", [33, 64, 100, 128, 192, 193, 256])
+@pytest.mark.parametrize(
+    "rows", [33, 64, 100, 128, 192, 193, 256, 257, 300, 384, 447, 448, 500, 512, 600, 704, 832, 833, 1088]
+)
 def test_the_products_of_a_layer_on_a_gpu(rows) -> None:
     """By the kernel of each tile, Gluon's too: with residual stream and the norm that follows, behind a norm, gated."""
     generator, products = torch.Generator("cuda").manual_seed(1), Products()
@@ -153,16 +172,59 @@ def test_the_products_of_a_layer_on_a_gpu(rows) -> None:
         assert float((out.float() - expected.float()).norm() / expected.float().norm()) < 4e-3
 
     add, norm_weight = rand(rows, 1024), rand(1024)
-    behind = [(rand(4096, 1024), None), (rand(6144, 1024), "silu")]
+    behind = [(rand(4096, 1024), None), (rand(6144, 1024), "silu"), (rand(1024, 1024), None)]
     for k in (2048, 3072):
         x, weight = rand(rows, k), rand(1024, k)
-        assert products.takes(x, weight)
-        y, scaled = products(x, weight, add=add, next_norm=norm_weight)
-        assert torch.equal(products(x, weight, add=add)[0], y)
-        want, wanted = twin.matmul(x, weight, add=add, next_norm=norm_weight)
-        close(y, want)
-        close(scaled.values, wanted.values)
-        close(scaled.squares.sum(0), wanted.squares.sum(0))
-        for given, (after, gate) in product((scaled, y), [*behind, (rand(1024, 1024), None)]):
-            out, _ = products(given, after, gate=gate, eps=EPS)
-            close(out, twin.matmul(given, after, gate=gate, eps=EPS)[0])
+        y, scaled = twin.matmul(x, weight, add=add, next_norm=norm_weight)
+        if products.takes(x, weight):
+            want, wanted = y, scaled
+            y, scaled = products(x, weight, add=add, next_norm=norm_weight)
+            assert torch.equal(products(x, weight, add=add)[0], y)
+            close(products(x, weight)[0], twin.matmul(x, weight)[0])
+            close(y, want)
+            close(scaled.values, wanted.values)
+            close(scaled.squares.sum(0), wanted.squares.sum(0))
+        for given, (after, gate) in product((scaled, y), behind):
+            if products.takes(y, after, gate=gate):
+                out, _ = products(given, after, gate=gate, eps=EPS)
+                close(out, twin.matmul(given, after, gate=gate, eps=EPS)[0])
+
+
+# Every kind of end, by tiles of both numbers of warps; K of fewer steps than there are stages, and of more.
+ENDS = {
+    "few outputs": MatmulTile(64, 32, 128, warps=4, stages=8, gluon=True),
+    "square": MatmulTile(64, 64, 64, warps=4, stages=8, gluon=True),
+    "whole lines": MatmulTile(64, 128, 64, warps=4, stages=4, gluon=True, staged=True),
+    "eight warps": MatmulTile(128, 64, 64, warps=8, stages=3, gluon=True),
+    "eight warps, whole lines": MatmulTile(128, 64, 64, warps=8, stages=3, gluon=True, staged=True),
+    "four warps of 128 rows": MatmulTile(128, 64, 64, warps=4, stages=6, gluon=True),
+    "parts": MatmulTile(64, 64, 128, warps=4, stages=6, gluon=True, splits=2),
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ENDS)
+def test_every_end_of_a_tile_on_a_gpu(assert_close, name, dtype) -> None:
+    """Rows and outputs that do not fill a tile, rows of x and of the residual stream with a stride, sums of squares in
+    one part, in 16 and in 40, and a gate: against the twin."""
+    from nanoengine.kernels import matmul_gluon
+
+    tile, generator = ENDS[name], torch.Generator("cuda").manual_seed(1)
+    tickets, bound = torch.zeros(64, dtype=torch.int32, device="cuda"), 4 * torch.finfo(dtype).eps
+
+    def rand(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, device="cuda", generator=generator).to(dtype)
+
+    for rows, n, k in ((65, 192, 256), (200, 448, 1024)):
+        x, weight, add, norm = rand(rows, 2 * k)[:, k:], rand(n, k), rand(rows, 2 * n)[:, :n], rand(n)
+        y, scaled = matmul_gluon.matmul(x, weight, tile=tile, add=add, next_norm=norm, tickets=tickets)
+        want, wanted = twin.matmul(x, weight, add=add, next_norm=norm)
+        assert_close(y, want, bound=bound)
+        assert_close(scaled.values, wanted.values, bound=bound)
+        assert_close(scaled.squares.sum(0), wanted.squares.sum(0), bound=bound)
+        for parts, gate in ((1, "silu"), (16, None), (40, "silu")) if tile.splits == 1 else ():
+            squares = (torch.rand(parts, rows, device="cuda", generator=generator) + 0.5) * k / parts
+            given, both = Scaled(norm, rand(rows, k), squares), rand(2 * n if gate else n, k)
+            out, _ = matmul_gluon.matmul(given, both, tile=tile, eps=EPS, silu=gate is not None)
+            assert_close(out, twin.matmul(given, both, gate=gate, eps=EPS)[0], bound=bound)

@@ -111,7 +111,7 @@ class EngineOptions:
         fuse_kernels: layers use fused kernels: Triton's on a GPU, those in C on a CPU; off: plain torch.
         fuse_attention: with fuse_kernels: attention backends that can do so also normalise and rotate q and k, in one
             kernel.
-        fuse_products: with fuse_kernels: products of 33 to 256 rows are kernels of our own, with norms and gates in
+        fuse_products: with fuse_kernels: products of 33 to 512 rows are kernels of our own, with norms and gates in
             them; those with a gate also beyond. GGUF blocks are operands of tensor cores; off: decoded in registers.
         kernels: single kernels and copies to turn on or off, as {"attention_codes": false}. Without one, another
             does its work: `nanoengine.kernels.choice` has their names.

@@ -353,7 +353,8 @@ def main() -> None:
     for rows in (64, 128, 256, 512):
         for name, n, k in (("qkv", 4096, 1024), ("o", 1024, 2048), ("gate_up", 3072, 1024), ("down", 1024, 3072)):
             found[f"layer {name} x{rows}"] = layer_product(rows, n, k, gated=name == "gate_up")
-    found["layer gate_up x1088"] = layer_product(1088, 3072, 1024, gated=True)
+    for rows in (704, 1088):
+        found[f"layer gate_up x{rows}"] = layer_product(rows, 3072, 1024, gated=True)
     found["layer down x704"] = layer_product(704, 1024, 3072, gated=False)
     for name, n, k in (("qkv", 6144, 4096), ("o", 4096, 4096), ("gate_up", 12288, 4096), ("down", 4096, 12288)):
         norm = name in ("qkv", "gate_up")

@@ -14,9 +14,10 @@ KERNELS: Mapping[KernelName, bool] = {
     "attention_codes": True,  # K and V in eight bits by wgmma on Hopper GPUs; else by the decode kernel in Triton
     "attention_prefill_gluon": True,  # prompts by warps with roles on Hopper GPUs; else by the kernel in Triton
     "attention_slices": True,  # few rows of qkv by a softmax over all keys at once on Hopper GPUs; else tile by tile
-    "eight_bit_streamed": False,  # one row is quantised by its product with FP8 weights; else by a kernel in front
+    # one row is quantised by its product with FP8 weights; else by a kernel in front, which was faster on an H200
+    "eight_bit_streamed": False,
     "int4_gluon": True,  # products of four bits by kernels for Hopper GPUs in Gluon; else by those in Triton
-    "int4_tiles": False,  # codes lie as tensor cores take them, for up to 8 rows; else row by row
+    "int4_tiles": False,  # codes lie in tiles, as tensor cores take them for one row; else row by row
     "mask_in_scan": True,  # a captured draw masks and checks logits as it first reads them; else kernels in front of it
     "masks_beside": True,  # late masks are copied on a stream of their own; else on that of the steps
     "matvec_streamed": False,  # one row times a large weight passes through rings of shared memory; else registers

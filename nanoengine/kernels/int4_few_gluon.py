@@ -24,7 +24,7 @@ from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
 from nanoengine.kernels.activation import Activation
 from nanoengine.kernels.int4 import Int4Weight
-from nanoengine.kernels.int4_parts_gluon import do, finish_tile, weight_rows
+from nanoengine.kernels.int4_parts_gluon import do, finish_tile, group_at, weight_rows, word_at, word_rows
 from nanoengine.kernels.int4_product import Int4Product
 from nanoengine.kernels.matmul import Scaled
 
@@ -107,11 +107,11 @@ def _each_step(values, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
-def _words(ptrs, block, BLOCKS: gl.constexpr, RAGGED: gl.constexpr):
+def _words(ptrs, block, BLOCKS: gl.constexpr, RAGGED: gl.constexpr, TILED: gl.constexpr):
     """(words of 128 inputs,); of the last ones where there are no such."""
     if RAGGED:
         block = gl.minimum(block, BLOCKS - 1)
-    return (gl.load(ptrs + block * 32),)
+    return (gl.load(ptrs + word_at(block * 128, TILED)),)
 
 
 @gluon.jit
@@ -153,13 +153,13 @@ def _few_kernel(
     offset: gl.constexpr = 128.0 if x_ptr.dtype.element_ty == gl.bfloat16 else 1024.0
     if PDL:
         do("griddepcontrol.launch_dependents; // $0")
-    word_ptrs = codes_ptr + weight_rows(_along(width, 1, of_words), N, BLOCK_N, GATED) * (K // 4)
-    word_ptrs += _along(32, 2, of_words)
+    rows_of_words = weight_rows(_along(width, 1, of_words), N, BLOCK_N, GATED)
+    word_ptrs = word_rows(codes_ptr, rows_of_words, K, TILED) + _along(32, 2, of_words)
     block = _along(WARPS, 0, of_words) * STEPS
     words = ()
     for s in gl.static_range(AHEAD):
-        words += _words(word_ptrs, block + s, blocks, ragged)
-    scale_rows = weight_rows(_along(width, 1, of_scales), N, BLOCK_N, GATED) * (K // GROUP)
+        words += _words(word_ptrs, block + s, blocks, ragged, TILED)
+    scale_rows = weight_rows(_along(width, 1, of_scales), N, BLOCK_N, GATED)
     scale_block = _along(WARPS, 0, of_scales) * STEPS + _along(CHUNK, 2, of_scales)
     scales = ()
     zeros = ()
@@ -167,7 +167,7 @@ def _few_kernel(
         at = scale_block + c * CHUNK
         if ragged:
             at = gl.minimum(at, blocks - 1)
-        at = scale_rows + at // (GROUP // 128)
+        at = group_at(scale_rows, at // (GROUP // 128), K // GROUP, TILED)
         scales += _each_step(gl.load(scales_ptr + at), of_rows)
         if HAS_ZEROS:
             zeros += _each_step(gl.load(zeros_ptr + at), of_rows)
@@ -206,7 +206,7 @@ def _few_kernel(
             zero = zeros[s].to(gl.float32)[:, :, None]
         acc += scales[s].to(gl.float32)[:, :, None] * (sums - (offset + zero) * plain)
         if s + AHEAD < STEPS:
-            words += _words(word_ptrs, block + (s + AHEAD), blocks, ragged)
+            words += _words(word_ptrs, block + (s + AHEAD), blocks, ragged, TILED)
             do("bar.warp.sync 0xffffffff; // $0")  # loads before it stay there
     finish_tile(
         gl.sum(acc, 0), bias_ptr, add_ptr, y_ptr, squares_ptr, next_ptr, scaled_ptr, sums_ptr, rows, y_stride,

@@ -1,5 +1,6 @@
-"""Which kernel makes a product with weights of four bits: of up to 8 rows that of tiles, if the weight is in tiles; on
-GPUs of compute capability 9.0, where they were measured, those in Gluon; else that in Triton."""
+"""Which kernel makes a product with weights of four bits: of one row that of tiles, if the weight is in tiles; on GPUs
+of compute capability 9.0, where they were measured, those in Gluon; else that in Triton. All read both layouts but that
+of tiles."""
 
 from __future__ import annotations
 

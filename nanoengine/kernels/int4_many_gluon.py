@@ -84,6 +84,17 @@ def _of_group(scales_ptr, zeros_ptr, at, HAS_ZEROS: gl.constexpr):
 
 
 @gluon.jit
+def _request(ptrs, wanted, SIZE: gl.constexpr):
+    """Asks for SIZE bytes at each of the pointers that are wanted, to be in L2 soon."""
+    gl.inline_asm_elementwise(
+        "{ .reg .pred p; setp.ne.s32 p, $2, 0; @p cp.async.bulk.prefetch.L2.global [$1], $3; mov.u32 $0, 0; }",
+        "=r,l,r,r",
+        [ptrs.to(gl.int64), gl.where(wanted, 1, 0), gl.full(wanted.shape, SIZE, gl.int32, wanted.type.layout)],
+        dtype=gl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
 def _values(
     words, scale, zero, x_desc, OF_WORDS: gl.constexpr, OF_VALUES: gl.constexpr, HAS_ZEROS: gl.constexpr
 ):  # fmt: skip
@@ -176,6 +187,11 @@ def _many_kernel(
         async_copy.commit_group()
     row = weight_rows(gl.arange(0, width, layout=gl.SliceLayout(1, of_words)), N, BLOCK_N, GATED)
     at = group_at(row, 0, K // GROUP, TILED)
+    if TILED:  # steps of a tile's scales lie apart: each would be waited for
+        scale_bytes: gl.constexpr = scales_ptr.dtype.element_ty.primitive_bitwidth // 8
+        _request(scales_ptr + at, row % 16 == 0, K // GROUP * 16 * scale_bytes)
+        if HAS_ZEROS:
+            _request(zeros_ptr + at, row % 16 == 0, K // GROUP * 16)
     scale, zero = _of_group(scales_ptr, zeros_ptr, at, HAS_ZEROS)
     next_scale, next_zero = _of_group(
         scales_ptr, zeros_ptr, at + min(1, steps - 1) // each * (16 if TILED else 1), HAS_ZEROS
@@ -222,10 +238,12 @@ class ManyTile:
 
 
 def tile_for(rows: int, n: int) -> ManyTile:
-    """n: rows of the weight. Two programs on a multiprocessor, if there are so many; else more stages. From sizes of
-    Qwen3-8B, bf16, one H200, Triton 3.6, 2026-11-29."""
+    """n: rows of the weight. Two programs on a multiprocessor, if there are so many; else more stages. A weight of very
+    many rows is read once for 256 tokens. From sizes of Qwen3-8B, bf16, one H200, Triton 3.6, 2026-11-30."""
     if rows <= 64:
         return ManyTile(max(32, triton.next_power_of_2(rows)), 8, 6)
+    if 128 < rows <= 256 and n > 16384:
+        return ManyTile(256, 4, 3)
     return ManyTile(128, 4, 3 if triton.cdiv(rows, 128) * triton.cdiv(n, 64) > 132 else 5)
 
 

@@ -1,13 +1,13 @@
-"""`int4.int4_linear` of up to 8 rows by tensor cores, of codes in tiles (`int4.in_tiles`): what a warp loads are
+"""`int4.int4_linear` of one row by tensor cores, of codes in tiles (`int4.in_tiles`): what a warp loads are
 operands of products, without a trip through shared memory.
 
 A thread works as in CUDA: tensors have one element a thread. A warp has 128 inputs at a time, of two tiles of 16 rows
 of the weight; thread 4 * g + t has, of rows g and g + 8, the inputs 32 * t to 32 * t + 31. A code is put into the last
 bits of 128 (bfloat16) or 1024 (float16), two codes by one instruction or two; a product with ones says how much of a
-sum that, and the zero, was. The eight columns of a product are tokens; a single token is in all of them.
+sum that, and the zero, was. The eight columns of a product are for tokens: the only one is in all of them.
 
 A program's warps take the inputs by turns. There are as many programs as run at a time, each with several units of 32
-rows: while one is added up, codes of the next are on their way, to registers and, a unit ahead, to L2.
+rows: while one is added up, codes of the next are on their way to registers.
 """
 
 # mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls
@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nanoengine.kernels.activation import Activation
-from nanoengine.kernels.gguf_fragment_parts_triton import KINDS, MMA, by_column, split4, words_at
+from nanoengine.kernels.gguf_fragment_parts_triton import KINDS, MMA, split4, words_at
 from nanoengine.kernels.gguf_fragments_triton import sums_of_rows
 from nanoengine.kernels.int4 import Int4Weight
 from nanoengine.kernels.int4_product import Int4Product
@@ -33,7 +33,6 @@ from nanoengine.kernels.norm_parts_triton import prepare_norm
 from nanoengine.kernels.pdl_triton import release_dependents, wait_for_inputs
 from nanoengine.kernels.split_k_triton import load_around, write_tile
 
-MAX_ROWS = 8
 _LINES = 32  # of the weight in a unit
 _PROCESSORS = 132
 
@@ -59,20 +58,6 @@ def assembly(dtype: torch.dtype) -> tuple[str, str]:
             sums = zeros if first else "{$0, $1, p, q}"
             ones.append(f"{mma} {{$0, $1, p, q}}, {{a, a, a, a}}, {{${2 + x}, ${3 + x}}}, {sums};")
     return "{" + "\n".join(codes) + "}", "{" + "\n".join(ones) + "}"
-
-
-@triton.jit
-def _request(tiles, other, warp, lane, wanted, FIRST: tl.constexpr, STEPS: tl.constexpr, WARPS: tl.constexpr):
-    """Asks for two rows of tiles from tile FIRST on, to be in L2 soon: a thread of each warp for its share."""
-    if FIRST < STEPS:
-        size: tl.constexpr = (STEPS - FIRST) * 1024 // WARPS
-        wanted = tl.where((lane == 0) & wanted, 1, 0)
-        for each in tl.static_range(2):
-            at = (other if each else tiles).to(tl.int64) + FIRST * 1024 + warp * size
-            tl.inline_asm_elementwise(
-                "{ .reg .pred p; setp.ne.s32 p, $2, 0; @p cp.async.bulk.prefetch.L2.global [$1], $3; mov.u32 $0, 0; }",
-                "=r,l,r,r", [at, wanted, tl.full(warp.shape, size, tl.int32)], dtype=tl.int32, is_pure=False, pack=1,
-            )  # fmt: skip
 
 
 @triton.jit
@@ -135,31 +120,31 @@ def _codes_of(words):
 
 @triton.jit
 def _plain_products(codes, x):
-    """Of [threads, 32] each, added up over a thread's inputs and the threads of a row: two columns of each thread."""
-    warps: tl.constexpr = x.shape[0] // 32
-    each = tl.reshape(codes, (warps, 8, 1, 4, 32)) * tl.reshape(x, (warps, 1, 8, 4, 32))
-    return by_column(tl.sum(tl.sum(each, axis=4), axis=3))
+    """Of [threads, 32] each, added up over a thread's inputs and the threads of a row, in all of which it is."""
+    each = tl.reshape(tl.sum(codes * x, axis=1), (x.shape[0] // 4, 4))
+    return tl.reshape(tl.broadcast_to(tl.sum(each, axis=1)[:, None], each.shape), (x.shape[0],))
 
 
 @triton.jit
 def _products(low, high, x, ASM: tl.constexpr):
-    """Of words [threads, 4] of rows g and g + 8 and x: (row g, two columns; row g + 8, two columns)."""
+    """Of words [threads, 4] of rows g and g + 8 and x: (row g, row g + 8). All columns are the same."""
     if ASM is not None:
-        return tl.inline_asm_elementwise(
+        found = tl.inline_asm_elementwise(
             ASM, "=&f,=&f,=&f,=&f" + ",r" * 24, split4(low) + split4(high) + x,
             dtype=(tl.float32, tl.float32, tl.float32, tl.float32), is_pure=False, pack=1,
         )  # fmt: skip
+        return found[0], found[2]
     else:
-        return _plain_products(_codes_of(low), x[0]) + _plain_products(_codes_of(high), x[0])
+        return _plain_products(_codes_of(low), x[0]), _plain_products(_codes_of(high), x[0])
 
 
 @triton.jit
 def _sums(x, ASM: tl.constexpr):
-    """Sums of x, two columns of each thread."""
+    """Sum of a step's x, in each thread."""
     if ASM is not None:
         return tl.inline_asm_elementwise(
             ASM, "=&f,=&f" + ",r" * 16, x, dtype=(tl.float32, tl.float32), is_pure=False, pack=1
-        )
+        )[0]
     else:
         return _plain_products(tl.full(x[0].shape, 1.0, tl.float32), x[0])
 
@@ -174,32 +159,36 @@ def _scaled(c, s, scale, zero, BASE: tl.constexpr, HAS_ZEROS: tl.constexpr):
 
 
 @triton.jit
-def _added(
-    here, x, y, BLOCK_T: tl.constexpr, BASE: tl.constexpr, HAS_ZEROS: tl.constexpr,
-    PRODUCTS: tl.constexpr, SUMS: tl.constexpr,
-):  # fmt: skip
-    """y and the products of a step; of one token a column of each row, else two. here: of `_step`."""
-    s0, s1 = _sums(x, SUMS)
-    a0, a1, a2, a3 = _products(here[0], here[1], x, PRODUCTS)
-    b0, b1, b2, b3 = _products(here[2], here[3], x, PRODUCTS)
-    if BLOCK_T == 1:
-        return (
-            y[0] + _scaled(a0, s0, here[4], here[8], BASE, HAS_ZEROS),
-            y[1] + _scaled(a2, s0, here[5], here[9], BASE, HAS_ZEROS),
-            y[2] + _scaled(b0, s0, here[6], here[10], BASE, HAS_ZEROS),
-            y[3] + _scaled(b2, s0, here[7], here[11], BASE, HAS_ZEROS),
-        )
-    else:
-        return (
-            y[0] + _scaled(a0, s0, here[4], here[8], BASE, HAS_ZEROS),
-            y[1] + _scaled(a1, s1, here[4], here[8], BASE, HAS_ZEROS),
-            y[2] + _scaled(a2, s0, here[5], here[9], BASE, HAS_ZEROS),
-            y[3] + _scaled(a3, s1, here[5], here[9], BASE, HAS_ZEROS),
-            y[4] + _scaled(b0, s0, here[6], here[10], BASE, HAS_ZEROS),
-            y[5] + _scaled(b1, s1, here[6], here[10], BASE, HAS_ZEROS),
-            y[6] + _scaled(b2, s0, here[7], here[11], BASE, HAS_ZEROS),
-            y[7] + _scaled(b3, s1, here[7], here[11], BASE, HAS_ZEROS),
-        )
+def _added(here, x, y, BASE: tl.constexpr, HAS_ZEROS: tl.constexpr, PRODUCTS: tl.constexpr, SUMS: tl.constexpr):
+    """y, of a thread's four rows, and the products of a step. here: of `_step`."""
+    s = _sums(x, SUMS)
+    a0, a1 = _products(here[0], here[1], x, PRODUCTS)
+    b0, b1 = _products(here[2], here[3], x, PRODUCTS)
+    return (
+        y[0] + _scaled(a0, s, here[4], here[8], BASE, HAS_ZEROS),
+        y[1] + _scaled(a1, s, here[5], here[9], BASE, HAS_ZEROS),
+        y[2] + _scaled(b0, s, here[6], here[10], BASE, HAS_ZEROS),
+        y[3] + _scaled(b1, s, here[7], here[11], BASE, HAS_ZEROS),
+    )
+
+
+@triton.jit
+def _squares_at(squares_ptr, lane, there, SQUARES: tl.constexpr):
+    """What a thread has of the sum of squares: each warp has all of it, so that none waits for another."""
+    found = tl.zeros(lane.shape, tl.float32)
+    for i in tl.static_range((SQUARES + 31) // 32):
+        part = lane + 32 * i
+        found += tl.load(squares_ptr + part, mask=(part < SQUARES) & there, other=0.0)
+    return found
+
+
+@triton.jit
+def _normalised(y, squares, eps, K: tl.constexpr):
+    """Sums with the norm of x."""
+    each = tl.reshape(squares, (squares.shape[0] // 32, 32))
+    total = tl.broadcast_to(tl.sum(each, 1)[:, None], each.shape)
+    norm = tl.reshape(tl.rsqrt(total / K + eps), squares.shape)
+    return y[0] * norm, y[1] * norm, y[2] * norm, y[3] * norm
 
 
 @triton.jit
@@ -218,10 +207,9 @@ def _tiles_kernel(
     SPLITS: tl.constexpr, HAS_ZEROS: tl.constexpr, TILED: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_ADD: tl.constexpr, SQUARES: tl.constexpr, PARTS: tl.constexpr, NEXT: tl.constexpr,
     ASM: tl.constexpr, PDL: tl.constexpr, PRODUCTS: tl.constexpr, SUMS: tl.constexpr, BASE: tl.constexpr,
-    UNITS: tl.constexpr, PROGRAMS: tl.constexpr, WARPS: tl.constexpr, AHEAD: tl.constexpr, FAR: tl.constexpr,
+    UNITS: tl.constexpr, PROGRAMS: tl.constexpr, WARPS: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
-    """UNITS: of 32 rows. AHEAD: steps of 128 inputs whose codes a warp asks for before it needs them. FAR: a unit ahead
-    they are to be in L2."""
+    """UNITS: of 32 rows. AHEAD: steps of 128 inputs whose codes a warp asks for before it needs them."""
     steps: tl.constexpr = K // 128
     each: tl.constexpr = (steps + WARPS * AHEAD - 1) // (WARPS * AHEAD) * AHEAD  # of a warp
     whole: tl.constexpr = each * WARPS == steps
@@ -236,29 +224,19 @@ def _tiles_kernel(
             words_ptr, scales_ptr, zeros_ptr, tile, other, j * WARPS + warp, lane, first < UNITS,
             K, GROUP, whole, HAS_ZEROS,
         )  # fmt: skip
-    row: tl.constexpr = steps * 256  # words of a row of tiles
-    if PDL and FAR:
-        a, b = words_ptr + tile.to(tl.int64) * row, words_ptr + other.to(tl.int64) * row
-        _request(a, b, warp, lane, first < UNITS, AHEAD * WARPS, steps, WARPS)
     release_dependents(PDL)
     wait_for_inputs(PDL)
-    t = tl.program_id(2) * BLOCK_T + tl.arange(0, BLOCK_T)[None, :]
-    token = tl.program_id(2) * BLOCK_T + (lane // 4 if BLOCK_T > 1 else 0 * lane)
-    x_ptrs = x_ptr + tl.where(token < rows, token, 0).to(tl.int64) * x_stride + lane % 4 * 32
-    part = tl.arange(0, PARTS)[:, None]
-    if SQUARES > 0:
-        squares = tl.load(squares_ptr + part * rows + t, mask=(part < SQUARES) & (t < rows), other=0.0)
+    t = tl.arange(0, BLOCK_T)[None, :]  # one token
+    x_ptrs = x_ptr + lane % 4 * 32
     zero = tl.zeros((32 * WARPS,), tl.float32)
-    four = (zero, zero, zero, zero)
     for unit in range(first, UNITS, PROGRAMS):
         around = load_around(unit, t, bias_ptr, add_ptr, rows, add_stride, N, BLOCK_N, GATED, HAS_BIAS, HAS_ADD)
         n = (unit * BLOCK_N + tl.arange(0, BLOCK_N))[:, None]
         next_weight = load_if(NEXT, next_ptr + n, n < N)
         behind_tile, behind_other = _tiles_of(unit + PROGRAMS, N, GATED)
-        if PDL and FAR and UNITS > PROGRAMS:
-            a, b = words_ptr + behind_tile.to(tl.int64) * row, words_ptr + behind_other.to(tl.int64) * row
-            _request(a, b, warp, lane, unit + PROGRAMS < UNITS, 0, steps, WARPS)
-        y = four if BLOCK_T == 1 else four + four
+        if SQUARES > 0:  # the mask keeps it, and what waits for it, behind the products
+            squares = _squares_at(squares_ptr, lane, unit < UNITS, SQUARES)
+        y = (zero, zero, zero, zero)
         for start in range(0, each, AHEAD):
             last = start + AHEAD >= each
             wanted = (start + AHEAD < each) | (unit + PROGRAMS < UNITS)
@@ -267,17 +245,15 @@ def _tiles_kernel(
             for j in tl.static_range(AHEAD):
                 step = (start + j) * WARPS + warp
                 x = _inputs(x_ptrs + step * 128, step < steps, PRODUCTS)
-                y = _added(codes, x, y, BLOCK_T, BASE, HAS_ZEROS, PRODUCTS, SUMS)
+                y = _added(codes, x, y, BASE, HAS_ZEROS, PRODUCTS, SUMS)
                 codes = codes[12:] + _step(
                     words_ptr, scales_ptr, zeros_ptr, next_tile, next_other, (next_start + j) * WARPS + warp, lane,
                     wanted, K, GROUP, whole, HAS_ZEROS,
                 )  # fmt: skip
         tile, other = behind_tile, behind_other
-        acc = sums_of_rows(y, y, WARPS, BLOCK_T, GATED)
-        if BLOCK_T == 1:
-            acc *= 0.25  # four threads have the same
         if SQUARES > 0:
-            acc *= tl.reshape(tl.rsqrt(tl.sum(squares, 0) / K + eps), t.shape)
+            y = _normalised(y, squares, eps, K)
+        acc = sums_of_rows(y, y, WARPS, BLOCK_T, GATED) * 0.25  # four threads have the same
         y, to, mask = write_tile(acc, unit, t, around, y_ptr, rows, y_stride, N, BLOCK_T, BLOCK_N, GATED, ACTIVATION)
         if NEXT:
             prepare_norm(y, next_weight, scaled_ptr + to, sums_ptr + unit * rows + t, t, mask, rows)
@@ -285,24 +261,29 @@ def _tiles_kernel(
 
 @dataclass(frozen=True, slots=True)
 class TilesTile:
-    """Warps of a program, how many programs a multiprocessor has, steps of codes ahead in registers, whether those of a
-    unit are ahead in L2, and registers of a thread; 0: as many as it takes."""
+    """Warps of a program, how many programs a multiprocessor has, steps of codes ahead in registers, and registers of a
+    thread; 0: as many as it takes."""
 
     warps: int
     programs: int
     ahead: int
-    far: bool = True
     registers: int = 0
 
 
 def tile_for(n: int, k: int) -> TilesTile:
-    """n: rows of the weight. NOT MEASURED."""
-    return TilesTile(8, 2, 2)
+    """n: rows of the weight. From the layers of Qwen3-8B in a chain with attention, bf16, one H200, Triton 3.6,
+    2026-11-30."""
+    units = n // _LINES
+    if units > 2 * _PROCESSORS:
+        return TilesTile(8, 3, 1, registers=80)
+    if units > _PROCESSORS:
+        return TilesTile(8, 2, 2)
+    return TilesTile(32, 1, 1, registers=64) if k > 8192 else TilesTile(16, 1, 2)
 
 
 def takes(x: Tensor, weight: Int4Weight) -> bool:
     """Whether it makes a product; tensor cores round float32."""
-    return weight.tiled and len(x) <= MAX_ROWS and (x.element_size() == 2 or not x.is_cuda)
+    return weight.tiled and len(x) == 1 and (x.element_size() == 2 or not x.is_cuda)
 
 
 def product(
@@ -317,25 +298,23 @@ def product(
     out: Tensor | None = None,
     tile: TilesTile | None = None,
 ) -> tuple[Tensor, Scaled | None]:
-    """As `int4_triton.product`, of a weight in tiles."""
+    """As `int4_triton.product`, of a row and a weight in tiles."""
     if isinstance(x, Tensor):
         x = x.contiguous()  # 16 bytes are loaded at once
     values = x.values if isinstance(x, Scaled) else x
-    rows, (n, k) = len(values), weight.shape
-    assert weight.tiled, weight.shape
-    tile = tile or tile_for(n, k)
+    assert weight.tiled and len(values) == 1, (weight.shape, values.shape)
+    tile = tile or tile_for(*weight.shape)
     launch = Int4Product(
         x, weight, bias, eps=eps, gate=gate, add=add, next_norm=next_norm, out=out,
-        block_n=_LINES // (2 if gate else 1), block_t=1 if rows == 1 else 8,
+        block_n=_LINES // (2 if gate else 1), block_t=1,
     )  # fmt: skip
-    units, parts, tokens = launch.grid
-    programs, asm = min(units, tile.programs * _PROCESSORS), launch.constants["ASM"]
+    units, asm = launch.grid[0], launch.constants["ASM"]
+    programs = min(units, tile.programs * _PROCESSORS)
     products, sums = assembly(values.dtype) if asm else (None, None)
-    if rows:
-        _tiles_kernel[programs, parts, tokens](
-            values, *launch.arguments, **launch.constants, PRODUCTS=products, SUMS=sums,
-            BASE=(128.0 if values.dtype == torch.bfloat16 else 1024.0) if asm else 0.0,
-            UNITS=units, PROGRAMS=programs, WARPS=tile.warps, AHEAD=tile.ahead, FAR=tile.far, num_warps=tile.warps,
-            maxnreg=tile.registers or None,
-        )  # fmt: skip
+    _tiles_kernel[(programs,)](
+        values, *launch.arguments, **launch.constants, PRODUCTS=products, SUMS=sums,
+        BASE=(128.0 if values.dtype == torch.bfloat16 else 1024.0) if asm else 0.0,
+        UNITS=units, PROGRAMS=programs, WARPS=tile.warps, AHEAD=tile.ahead, num_warps=tile.warps,
+        maxnreg=tile.registers or None,
+    )  # fmt: skip
     return launch.y, launch.scaled

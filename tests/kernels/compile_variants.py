@@ -102,18 +102,21 @@ def int4(every: bool) -> Iterator[Launch]:
 
 
 def int4_for_hopper(every: bool) -> Iterator[Launch]:
-    """In Gluon, and in tiles."""
+    """In Gluon, of both layouts, and in tiles."""
     from nanoengine.kernels import int4_few_gluon, int4_many_gluon, int4_tiles_triton
     from nanoengine.kernels.int4 import Int4Weight
 
     cases = product((1, 8, 64, 256), (True, False), (True, False))
-    for rows, zeros, tiled in cases if every else ((1, True, False), (8, True, True), (256, True, True)):
-        few = int4_tiles_triton.product if tiled else int4_few_gluon.product
+    some = ((1, True, False), (1, True, True), (8, True, True), (256, True, True))
+    for rows, zeros, tiled in cases if every else some:
+        few = int4_tiles_triton.product if tiled and rows == 1 else int4_few_gluon.product
         made = few if rows <= 8 else int4_many_gluon.product
         for n, k, gate in ((2 * INNER, HIDDEN, "silu"), (HIDDEN, INNER, None)):
             zero = rand(n, k // 128, dtype=torch.uint8) if zeros else None
             w = Int4Weight(rand(n, k // 2, dtype=torch.uint8), rand(n, k // 128, dtype=torch.float16), zero, 128, tiled)
-            around = {"gate": gate} if gate else {"add": rand(rows, n), "next_norm": rand(n)}
+            around: dict[str, Any] = {"gate": gate} if gate else {"add": rand(rows, n), "next_norm": rand(n)}
+            if rows == 256 and gate:  # as of a weight of more rows
+                around["tile"] = int4_many_gluon.tile_for(rows, 24576)
             yield f"int4 for Hopper x{rows} {n} x {k}, {tiled}", partial(made, rand(rows, k), w, **around)
 
 

@@ -14,7 +14,7 @@ from test_int4_kernels import expected_of, weight_of
 
 from nanoengine import kernels
 from nanoengine.kernels import gluon, int4_launch, int4_triton
-from nanoengine.kernels.int4 import Int4Weight
+from nanoengine.kernels.int4 import Int4Weight, in_tiles
 from nanoengine.kernels.matmul import Scaled
 
 ON_HOPPER = torch.cuda.is_available() and gluon.runs_gluon(
@@ -50,6 +50,32 @@ def test_agrees(rand, assert_close, rows, k, group, zeros, gate) -> None:
     )
     out = int4_launch.int4_linear(x, weight, bias, gate=gate, add=add)
     assert_close(out, expected_of(x, weight, bias, gate=gate, add=add))
+
+
+@in_gluon
+@pytest.mark.usefixtures("no_other")
+@pytest.mark.parametrize("dtype", SIXTEEN_BITS, ids=["bfloat16", "float16"])
+@pytest.mark.parametrize("rows", [2, 8, 70, 200])
+@pytest.mark.parametrize(
+    ("k", "group", "zeros", "gate"), [(384, 128, True, None), (1024, 256, False, "silu"), (3456, 128, True, "silu")]
+)
+def test_weights_in_tiles(rand, assert_close, rows, k, group, zeros, gate) -> None:
+    n = 192
+    weight, x, bias = weight_of(rand, n, k, group, zeros=zeros), rand(rows, k), rand(n)
+    assert_close(int4_launch.int4_linear(x, in_tiles(weight), bias, gate=gate), expected_of(x, weight, bias, gate=gate))
+
+
+@in_gluon
+@pytest.mark.parametrize("dtype", SIXTEEN_BITS, ids=["bfloat16", "float16"])
+@pytest.mark.parametrize("gate", [None, "silu"])
+def test_a_tile_of_256_tokens(rand, assert_close, gate) -> None:
+    """Of weights of very many rows."""
+    from nanoengine.kernels import int4_many_gluon
+
+    weight, x = weight_of(rand, 192, 1152, 128), rand(200, 1152)
+    tile = int4_many_gluon.tile_for(200, 24576)
+    assert tile.block_t == 256
+    assert_close(int4_many_gluon.product(x, weight, gate=gate, tile=tile)[0], expected_of(x, weight, gate=gate))
 
 
 @in_gluon

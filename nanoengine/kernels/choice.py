@@ -20,7 +20,7 @@ KERNELS: Mapping[KernelName, bool] = {
     "int4_tiles": False,  # codes lie in tiles, as tensor cores take them for one row; else row by row
     "mask_in_scan": True,  # a captured draw masks and checks logits as it first reads them; else kernels in front of it
     "masks_beside": True,  # late masks are copied on a stream of their own; else on that of the steps
-    "matvec_streamed": False,  # one row times a large weight passes through rings of shared memory; else registers
+    "matvec_streamed": True,  # one row times a large weight by rings of shared memory on Hopper GPUs; else registers
     "sums_pushed": True,  # few rows are summed over GPUs, and normalised, by writing to the others; else by reading
 }
 """Whether each is on by default. What reads a name: `KernelChoice.has`."""

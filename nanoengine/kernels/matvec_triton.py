@@ -233,20 +233,19 @@ def matvec(
     return skinny(x, weight, bias, gate=gate, add=add, out=out, tile=tile, tickets=tickets)
 
 
-def product_parts(
-    x: Tensor, weight: Tensor, begin: Callable[[], Inboxes] | None = None, *, streams: bool = False
-) -> Tensor | None:
+def product_parts(x: Tensor, weight: Tensor, begin: Callable[[], Inboxes] | None = None) -> Tensor | None:
     """float32 [parts, T, N] whose sum is the product, where another kernel would add parts of K up, or this product
     sends itself; else None.
 
-    begin: as of `PushedSum`; products without tensor cores call it, and send. streams: as of `matvec`; those do not.
+    begin: as of `PushedSum`; products without tensor cores call it, and send. Those of `matvec_streamed_triton` do not:
+    what is sent is held in registers.
     """
     rows, k = x.shape
     shape: dict[str, Any] = {"gated": False, "itemsize": x.element_size()}
     tile = tile_for(rows, len(weight), k, **shape)
     if isinstance(tile, LargeTile) and tile.splits > 1:
         return large(x, weight, tile=tile, in_parts=True)
-    if begin is None or not isinstance(tile, GemvTile) or (streams and streamed_tile_of(rows, len(weight), k, **shape)):
+    if begin is None or not isinstance(tile, GemvTile):
         return None
     y = torch.empty(1, rows, len(weight), dtype=torch.float32, device=x.device)
     gemv(x, weight, None, out=y[0], tile=tile, send=begin())

@@ -25,6 +25,7 @@ from nanoengine.kernels.choice import KernelChoice as KernelChoice
 from nanoengine.kernels.cpu import Library, load
 from nanoengine.kernels.experts import RealTokens as RealTokens
 from nanoengine.kernels.experts import Routing as Routing
+from nanoengine.kernels.gluon import is_hopper
 from nanoengine.kernels.linear import linear
 from nanoengine.kernels.matmul import Ahead
 from nanoengine.kernels.matvec import use_matvec
@@ -230,7 +231,7 @@ class TritonOps(Ops):
             return self._products(x, weight, out=out)[0]
         if self._few(x, weight):
             tickets = self._tickets_on(x.device)
-            return self._matvec.matvec(x, weight, bias, out=out, tickets=tickets, streams=self._streams)
+            return self._matvec.matvec(x, weight, bias, out=out, tickets=tickets, streams=self._streams_on(x.device))
         if out is None:
             return F.linear(x, weight, bias)
         columns = weight.t()
@@ -238,6 +239,10 @@ class TritonOps(Ops):
 
     def _few(self, x: Tensor, weight: Tensor) -> bool:
         return 0 < len(x) <= self._matvec.MAX_ROWS and use_matvec(len(x), len(weight), weight.shape[1], x.dtype)
+
+    def _streams_on(self, device: torch.device) -> bool:
+        """Others have less shared memory than Hopper GPUs. On a CPU: in Triton's interpreter."""
+        return self._streams and (device.type == "cpu" or is_hopper(device))
 
     def _tickets_on(self, device: torch.device) -> Tensor:
         """A model's products follow each other in one stream, so they share these."""
@@ -269,7 +274,15 @@ class TritonOps(Ops):
         if self._few(x, weight):
             tickets = self._tickets_on(x.device)
             return self._matvec.norm_matvec(
-                x, residual, norm_weight, eps, weight, bias, gate=gate, tickets=tickets, streams=self._streams
+                x,
+                residual,
+                norm_weight,
+                eps,
+                weight,
+                bias,
+                gate=gate,
+                tickets=tickets,
+                streams=self._streams_on(x.device),
             )
         return super().norm_linear(x, residual, norm_weight, eps, weight, bias, gate=gate)
 
@@ -277,14 +290,14 @@ class TritonOps(Ops):
         if gate and self._products is not None and self._products.takes(x, weight, bias, gate):
             return self._products(x, weight, gate=gate)[0]
         if gate and self._few(x, weight):
-            tickets = self._tickets_on(x.device)
-            return self._matvec.matvec(x, weight, bias, gate=gate, tickets=tickets, streams=self._streams)
+            tickets, streams = self._tickets_on(x.device), self._streams_on(x.device)
+            return self._matvec.matvec(x, weight, bias, gate=gate, tickets=tickets, streams=streams)
         y = self.linear(x, weight, bias)
         return self.act_and_mul(y, gate) if gate else y
 
     def linear_parts(self, x: Tensor, weight: Tensor, bias: Tensor | None, begin: Callable[[], Any]) -> Tensor:
         if bias is None and self._few(x, weight):
-            parts = self._matvec.product_parts(x, weight, begin, streams=self._streams)
+            parts = self._matvec.product_parts(x, weight, begin)
             if parts is not None:
                 return parts
         return super().linear_parts(x, weight, bias, begin)
@@ -306,7 +319,7 @@ class TritonOps(Ops):
             return self._ahead.kept(*self._products(x, weight, add=residual, next_norm=next_norm)), None
         if self._few(x, weight):
             tickets = self._tickets_on(x.device)
-            y = self._matvec.matvec(x, weight, bias, add=residual, tickets=tickets, streams=self._streams)
+            y = self._matvec.matvec(x, weight, bias, add=residual, tickets=tickets, streams=self._streams_on(x.device))
             return y, None
         return super().linear_add(x, weight, bias, residual)
 
@@ -347,7 +360,7 @@ class TritonOps(Ops):
         if self._few(x, weight):
             out = torch.empty(len(x), len(weight), dtype=torch.float32, device=x.device)
             tickets = self._tickets_on(x.device)
-            return self._matvec.matvec(x, weight, bias, out=out, tickets=tickets, streams=self._streams)
+            return self._matvec.matvec(x, weight, bias, out=out, tickets=tickets, streams=self._streams_on(x.device))
         if not x.is_cuda or x.dtype == torch.float32:
             return super().router(x, weight, bias)
         logits = torch.mm(x, weight.t(), out_dtype=torch.float32)

@@ -29,6 +29,7 @@ from nanoengine.kernels import (
     matmul_triton,
     matvec_streamed_triton,
     paged_attention_codes_gluon,
+    paged_attention_decode_triton,
     paged_attention_prefill_gluon,
     paged_attention_slices_gluon,
     route_triton,
@@ -38,7 +39,7 @@ from nanoengine.kernels import experts_grouped_triton as grouped
 from nanoengine.kernels import paged_attention_several_triton as several
 from nanoengine.kernels.gguf import BLOCK_TYPES
 from nanoengine.kernels.matmul import matmul_tile
-from nanoengine.kernels.paged_attention_plan import several_config
+from nanoengine.kernels.paged_attention_plan import beside_products, fused_config, several_config
 from nanoengine.kernels.paged_attention_slices import WARPS, SlicesConfig, slices_config
 
 EXPERTS, TOP_K, HIDDEN, INNER = 128, 8, 2048, 768
@@ -157,6 +158,24 @@ def drafts(rows: int, queries: int, heads: int, kv_heads: int) -> dict[str, Any]
     }  # fmt: skip
     given |= {"queries": "i32", "pad_tokens": "i32", "min_tiles": "i32"}
     return compiled(several._decode_several, given, constants, keys.warps, config.registers)
+
+
+def from_qkv(longest: int) -> dict[str, Any]:
+    """Attention of one row of Qwen3-8B that takes qkv."""
+    config = beside_products(fused_config(1, 8, 128, longest, 2, 132), longest)
+    types = {
+        "*bf16": ("q", "k_cache", "v_cache", "out", "sinks", "q_weight", "k_weight"), "*i64": ("slots",),
+        "*i32": ("block_tables", "seq_lens", "tickets"), "stride": ("q_stride", "table_stride"),
+        "*fp32": ("part", "lse", "k_scales", "v_scales", "inv_freq"), "fp32": ("eps",), "i32": ("min_tiles",),
+    }  # fmt: skip
+    constants = {
+        "FUSED": True, "NORM": True, "HELD": config.held, "KV_HEADS": 8, "GROUP": 4, "GROUP_PAD": 16, "GROUP_P2": 4,
+        "D": 128, "D_PAD": 128, "BLOCK_SIZE": 16, "TILE": config.tile, "SPLITS": config.splits, "SCALE": 0.1,
+        "WINDOW": 0, "SOFT_CAP": 0.0, "STAGES": config.stages, "AHEAD": config.ahead, "PDL": True, "SINKS": False,
+        "SCALED": False, "ASM": True, "BESIDE": False,
+    }  # fmt: skip
+    given = {name: type_ for type_, names in types.items() for name in names}
+    return compiled(paged_attention_decode_triton._decode, given, constants, config.warps)
 
 
 def codes(kind: str, group: int) -> dict[str, Any]:
@@ -369,6 +388,8 @@ def main() -> None:
         (16, "int8", "plain"),
     ):
         found[f"eight-bit {dtype} x{rows}, {inputs}"] = eight_bit_tile(rows, dtype, inputs)
+    for stages, longest in ((1, 4096), (2, 40960)):
+        found[f"from qkv, {stages} stages"] = from_qkv(longest)
     for kind, group in (("fp8", 2), ("fp8", 8), ("int8", 2)):
         found[f"codes {kind}, {group} heads"] = codes(kind, group)
     for rows in (4, 8, 16):

@@ -84,6 +84,26 @@ def test_what_is_worth_it() -> None:
     assert not takes(1, 151936, 4096)
 
 
+@pytest.mark.parametrize(
+    ("outputs", "k", "gated", "tile"),
+    [
+        (6144, 4096, False, StreamedTile(rows=2, stages=5, warps=8, programs=264)),
+        (4096, 4096, False, StreamedTile(rows=2, stages=4, warps=8, programs=528)),
+        (12288, 4096, True, StreamedTile(rows=1, stages=7, warps=8, programs=264)),
+        (4096, 12288, False, StreamedTile(rows=1, stages=5, warps=4, programs=264)),
+    ],
+)
+def test_tiles_of_a_layer_are_those_measured(outputs, k, gated, tile) -> None:
+    """Of Qwen3-8B."""
+    assert tile_of(1, outputs, k, gated=gated, itemsize=2) == tile
+
+
+def test_other_gpus_hold_weights_in_registers(monkeypatch) -> None:
+    ops = TritonOps(products=False)
+    monkeypatch.setattr("nanoengine.kernels.ops.is_hopper", lambda device: device.index == 1)
+    assert [ops._streams_on(torch.device(name)) for name in ("cpu", "cuda:0", "cuda:1")] == [True, False, True]
+
+
 @pytest.mark.parametrize("on", [False, True])
 def test_the_switch(rand, assert_close, monkeypatch, on) -> None:
     """As if any weight were large: one row's products are streamed if it is on, unless a residual is to be added first.

@@ -190,8 +190,14 @@ def test_decode(shape: Shape, splits: int, dtype: torch.dtype, device: torch.dev
 def test_decode_of_qkv(
     shape: Shape, held: bool, splits: int, norm: bool, dtype: torch.dtype, device: torch.device
 ) -> None:
-    """What norm, rotation and store, and then attention, give; nothing else of the cache is written."""
     batch = Batch(shape, [(1, n) for n in (1, 17, 40)], dtype, device)
+    qkv_agrees(batch, replace(small(splits), held=held), norm)
+
+
+def qkv_agrees(batch: Batch, config: DecodeConfig, norm: bool) -> None:
+    """What norm, rotation and store, and then attention, give; nothing else of the cache is written. The second
+    row is stored nowhere."""
+    shape, dtype, device = batch.shape, batch.q.dtype, batch.q.device
     heads, size, generator = shape.heads + 2 * shape.kv_heads, shape.head_size, torch.Generator().manual_seed(3)
     qkv = torch.randn(len(batch.rows), heads * size, generator=generator).to(dtype).to(device)
     slots = batch.slots[batch.lens.long().cumsum(0) - 1]
@@ -204,17 +210,53 @@ def test_decode_of_qkv(
     caches, tables = [cache.clone() for cache in (batch.k_cache, batch.v_cache)], (batch.tables, batch.lens)
     want = reference.attend_decode_qkv(qkv, *caches, *tables, slots, inv_freq, **around, **shape.arguments)
     for cache in caches:
-        cache[block[1], :, offset[1]] = float("nan")
-    slots[1] = -1  # attended to, and stored nowhere
+        cache[block[1:2], :, offset[1:2]] = float("nan")
+    slots[1:2] = -1  # attended to, and stored nowhere
     pairs, out = len(batch.rows) * shape.kv_heads, torch.full_like(batch.q, float("nan"))
     kernels.attend_decode(
-        qkv, batch.k_cache, batch.v_cache, out, *tables, config=replace(small(splits), held=held),
-        scratch=DecodeScratch.make(pairs * splits, pairs, shape.heads // shape.kv_heads, size, device),
+        qkv, batch.k_cache, batch.v_cache, out, *tables, config=config,
+        scratch=DecodeScratch.make(pairs * config.splits, pairs, shape.heads // shape.kv_heads, size, device),
         new=NewTokens(slots=slots, inv_freq=inv_freq, **around), **shape.arguments,
     )  # fmt: skip
     agree(out, want)
     for got, cache in zip((batch.k_cache, batch.v_cache), caches, strict=True):
         torch.testing.assert_close(got, cache, equal_nan=True, atol=TOLERANCE[dtype], rtol=0)
+
+
+@pytest.mark.half
+@pytest.mark.parametrize("longest", [512, 8192])
+@pytest.mark.parametrize("heads", [4, 3])
+def test_one_row_of_up_to_four_heads_a_kv_head_is_read_from_qkv(
+    heads: int, longest: int, dtype: torch.dtype, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a kernel with little shared memory: one stage where each program asks for all of its keys in front. In
+    float32 it would spill, and not be used."""
+    monkeypatch.setattr("nanoengine.kernels.paged_attention_plan._INTERPRETED_MULTIPROCESSORS", 8)
+    planner = DecodePlanner.make(
+        num_heads=heads, num_kv_heads=1, head_size=64, dtype=dtype, max_rows=2, longest=longest, device=device
+    )
+    config = planner.fused(1)
+    if dtype == torch.float32:
+        assert config is None
+        return
+    assert config is not None
+    assert config.held
+    if device.type == "cpu":
+        assert (config.tile, config.stages, config.splits) == ((128, 1, 4) if longest == 512 else (64, 2, 8))
+    for length in (1, 129, 500):
+        qkv_agrees(Batch(Shape(heads, 1, 64), [(1, length)], dtype, device), config, norm=heads == 4)
+
+
+def test_more_heads_or_rows_are_not_read_from_qkv() -> None:
+    def taken(heads: int, rows: int) -> bool:
+        planner = DecodePlanner.make(
+            num_heads=heads, num_kv_heads=1, head_size=64, dtype=torch.bfloat16, max_rows=4, longest=4096,
+            device=torch.device("cpu"),
+        )  # fmt: skip
+        return replace(planner, multiprocessors=132).fused(rows) is not None
+
+    assert [heads for heads in (1, 2, 3, 4, 5, 8) if taken(heads, 1)] == [1, 2, 3, 4]
+    assert [heads for heads in (1, 2, 3, 4) if taken(heads, 2)] == [1, 2]
 
 
 # Queries and tokens of a context: padding in a graph has none of either; a step begins with its row, or goes on.

@@ -18,28 +18,25 @@ _TILE = 16 * WARPS
 @dataclass(frozen=True, slots=True)
 class SlicesConfig:
     """splits: the most programs a (row, KV head). keys: that one holds in shared memory. least: the fewest tiles
-    of 64 keys that a part is worth."""
+    of 64 keys that a part is worth. ahead: keys behind those that it asks for, to be in L2 soon."""
 
     splits: int
     keys: int
     least: int
+    ahead: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class SlicesScratch:
-    """Parts of split rows, float32 as int32, EMPTY between launches. Launches that share it must follow each other in
-    one stream."""
+    """Parts of split rows, float32 sums and marks as words of int64, EMPTY between launches. Launches that share it
+    must follow each other in one stream."""
 
     part: Tensor
-    marks: Tensor
 
     @classmethod
     def make(cls, parts: int, group: int, device: torch.device) -> SlicesScratch:
         """For at most `parts` parts of any one launch."""
-        return cls(
-            torch.full((parts * group * HEAD,), EMPTY, dtype=torch.int32, device=device),
-            torch.full((parts * group,), EMPTY, dtype=torch.int32, device=device),
-        )
+        return cls(torch.full((parts * group * HEAD,), EMPTY, dtype=torch.int64, device=device))
 
 
 def slices_config(rows: int, kv_heads: int, multiprocessors: int) -> SlicesConfig | None:

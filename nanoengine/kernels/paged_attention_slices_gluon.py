@@ -6,7 +6,8 @@ other. So there is one softmax over all keys that shared memory holds, not one a
 maximum, all shares, and all products with the values. Keys go down and query heads across, so that K and V are read as
 they lie.
 
-Where a row is split, parts are not counted by tickets: each word of scratch memory that is not EMPTY has arrived. The
+Where a row is split, parts are not counted by tickets: each word of scratch memory that is not EMPTY, a sum and its
+mark, has arrived. The
 row's last program waits for the words of those before it, which started earlier and wait for none; then it sets them to
 EMPTY again.
 
@@ -15,7 +16,7 @@ compiled everywhere.
 """
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,assignment"
-# ruff: noqa: N803 - constants of a kernel are in capitals, and Triton knows no starred tuple
+# ruff: noqa: N803, SIM102 - constants of a kernel are in capitals, and its branches are taken when it is compiled
 from __future__ import annotations
 
 import torch
@@ -41,26 +42,32 @@ _EMPTY = gl.constexpr(EMPTY)
 # How keys come into shared memory, 16 bytes a thread; how they lie there; a head of the query a warp.
 _COPIED = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [WARPS, 1], [1, 0]))
 _LIES = gl.constexpr(gl.NVMMASharedLayout(128, 16, rank=2))
+_ONE_EACH = gl.constexpr(gl.BlockedLayout([1], [32], [WARPS], [0]))
 _HEADS = gl.constexpr(gl.BlockedLayout([1, 4], [1, 32], [WARPS, 1], [1, 0]))
 
 
 def _until_there(words: int) -> str:
-    """Loads so many words, again and again until none is EMPTY."""
+    """Loads so many words of 64 bits, again and again until the lower half of none is EMPTY."""
     names = range(words)
-    loads = "".join(f"ld.relaxed.gpu.global.b32 ${i}, [${words + i}];\n" for i in names)
+    loads = "".join(
+        f"ld.relaxed.gpu.global.b64 w{i}, [${2 * words + i}];\nmov.b64 {{${i}, ${words + i}}}, w{i};\n" for i in names
+    )
     tests = "".join(f"setp.eq.or.u32 p, ${i}, 0x{EMPTY & 0xFFFFFFFF:08X}, p;\n" for i in names)
-    return "{\n.reg .pred p;\nagain:\nsetp.ne.u32 p, 0, 0;\n" + loads + tests + "@p bra again;\n}"
+    begin = f"{{\n.reg .pred p;\n.reg .b64 w<{words}>;\nagain:\nsetp.ne.u32 p, 0, 0;\n"
+    return begin + loads + tests + "@p bra again;\n}"
 
 
-_TWO, _EIGHT = gl.constexpr(_until_there(2)), gl.constexpr(_until_there(8))
-_TWO_WORDS, _EIGHT_WORDS = gl.constexpr("=r,=r,l,l"), gl.constexpr(",".join(["=r"] * 8 + ["l"] * 8))
+_UNTIL_THERE = gl.constexpr(_until_there(8))
+_WORDS = gl.constexpr(",".join(["=&r"] * 16 + ["l"] * 8))
 
 
 @gluon.jit
-def _wait_for(ptrs, asm: gl.constexpr, words: gl.constexpr, PACK: gl.constexpr):
-    """float32 that another program writes to EMPTY words."""
-    there = gl.inline_asm_elementwise(asm, words, [ptrs], dtype=gl.int32, is_pure=False, pack=PACK)
-    return there.to(gl.float32, bitcast=True)
+def _wait_for(ptrs):
+    """Two of float32 that another program writes to each EMPTY word."""
+    lower, upper = gl.inline_asm_elementwise(
+        _UNTIL_THERE, _WORDS, [ptrs], dtype=(gl.int32, gl.int32), is_pure=False, pack=8
+    )
+    return lower.to(gl.float32, bitcast=True), upper.to(gl.float32, bitcast=True)
 
 
 @triton.jit
@@ -84,6 +91,24 @@ def _ask(cache, kept, lines, first, end, KEYS: gl.constexpr):
     live = (first + gl.arange(0, KEYS, layout=gl.SliceLayout(1, _COPIED)) < end)[:, None]
     async_copy.async_copy_global_to_shared(kept, cache + lines[:, None] * _D + d, mask=live & (d >= 0))
     async_copy.commit_group()
+
+
+@gluon.jit
+def _ask_ahead(k_cache, v_cache, table, kv_head, first, end, KV_HEADS: gl.constexpr, BLOCK: gl.constexpr,
+               AHEAD: gl.constexpr):  # fmt: skip
+    """Asks for K and V of AHEAD keys from `first` on, to be in L2 soon; dummies from `end` on."""
+    keys = first + gl.arange(0, AHEAD, layout=_ONE_EACH)
+    block = gl.load(table + keys // BLOCK, mask=keys < end, other=0).to(gl.int64)
+    at = ((block * KV_HEADS + kv_head) * BLOCK + keys % BLOCK) * _D
+    for half in gl.static_range(2):
+        _ask_line(k_cache + at + half * _HALF)
+        _ask_line(v_cache + at + half * _HALF)
+
+
+@gluon.jit
+def _ask_line(ptrs):
+    asm: gl.constexpr = "prefetch.global.L2 [$1]; // $0"
+    gl.inline_asm_elementwise(asm, "=r,l", [ptrs.to(gl.int64)], dtype=gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit
@@ -111,31 +136,29 @@ def _shares(scores, shares, top, first, end, KEYS: gl.constexpr, SCALE: gl.const
 
 
 @gluon.jit
-def _join(own, mark, part, marks, parts, GROUP: gl.constexpr, N: gl.constexpr, LAYOUT: gl.constexpr):
+def _join(own, mark, part, parts, GROUP: gl.constexpr, N: gl.constexpr, LAYOUT: gl.constexpr):
     """This program's part [D, N] of the row and those of the `parts` programs before it, which it waits for, each by
     its share of the softmax's denominator."""
-    n = gl.arange(0, N, layout=gl.SliceLayout(0, LAYOUT))
-    d = gl.arange(0, _D, layout=gl.SliceLayout(1, LAYOUT))
-    head = gl.minimum(n, GROUP - 1)
-    place = head[None, :] * _D + d[:, None]
-    total = gl.full([N], 1.0, gl.float32, layout=gl.SliceLayout(0, LAYOUT))
+    head = gl.minimum(gl.arange(0, N, layout=gl.SliceLayout(0, LAYOUT)), GROUP - 1)
+    place = head[None, :] * _D + gl.arange(0, _D, layout=gl.SliceLayout(1, LAYOUT))[:, None]
+    total = gl.full([_D, N], 1.0, gl.float32, layout=LAYOUT)
+    highest = mark[None, :] + total * 0.0
     for i in range(parts):
-        theirs = _wait_for(marks + i * GROUP + head, _TWO, _TWO_WORDS, 2)
-        mixed = _wait_for(part + i * (GROUP * _D) + place, _EIGHT, _EIGHT_WORDS, 8)
-        higher = gl.maximum(mark, theirs)
-        fade, share = gl.exp2(mark - higher), gl.exp2(theirs - higher)
+        theirs, marks = _wait_for(part + i * (GROUP * _D) + place)
+        higher = gl.maximum(highest, marks)
+        fade, share = gl.exp2(highest - higher), gl.exp2(marks - higher)
         total = total * fade + share
-        own = own * fade[None, :] + mixed * share[None, :]
-        mark = higher
-    return own * (1 / total)[None, :]
+        own = own * fade + theirs * share
+        highest = higher
+    return own / total
 
 
 @gluon.jit
 def _decode_slices_kernel(
-    qkv, k_cache, v_cache, out, block_tables, seq_lens, part, marks, qkv_stride, table_stride,
+    qkv, k_cache, v_cache, out, block_tables, seq_lens, part, qkv_stride, table_stride,
     slots, inv_freq, q_weight, k_weight, eps,
     NORM: gl.constexpr, KV_HEADS: gl.constexpr, GROUP: gl.constexpr, N: gl.constexpr, BLOCK: gl.constexpr,
-    KEYS: gl.constexpr, SPLITS: gl.constexpr, LEAST: gl.constexpr, SCALE: gl.constexpr,
+    KEYS: gl.constexpr, SPLITS: gl.constexpr, LEAST: gl.constexpr, AHEAD: gl.constexpr, SCALE: gl.constexpr,
 ):  # fmt: skip
     """N: columns of query heads, of which GROUP are some. LEAST: the fewest tiles that a part is worth."""
     kv_head, row = gl.program_id(0), gl.program_id(1).to(gl.int64)
@@ -166,6 +189,9 @@ def _decode_slices_kernel(
     lines = _lines(table, kv_head, begin, end, KV_HEADS, BLOCK, KEYS)
     _ask(k_cache, keys, lines, begin, end, KEYS)
     _ask(v_cache, values, lines, begin, end, KEYS)
+    if AHEAD > 0:
+        if begin + KEYS < end:
+            _ask_ahead(k_cache, v_cache, table, kv_head, begin + KEYS, end, KV_HEADS, BLOCK, AHEAD)
 
     e = gl.arange(0, _D, layout=gl.SliceLayout(0, _HEADS))
     h = gl.arange(0, N, layout=gl.SliceLayout(1, _HEADS))[:, None]
@@ -256,19 +282,18 @@ def _decode_slices_kernel(
         gl.store(out, acc.to(dtype), mask=live)
     else:
         part += pair * ((SPLITS - 1) * GROUP * _D)
-        marks += pair * ((SPLITS - 1) * GROUP)
         mark = top + gl.log2(sums)
         if newest:
-            acc = _join(acc, mark, part, marks, used - 1, GROUP, N, scored)
+            acc = _join(acc, mark, part, used - 1, GROUP, N, scored)
             gl.store(out, acc.to(dtype), mask=live)
             _barrier()  # every thread has read
             for i in range(used - 1):  # for the next launch
-                gl.store(part + i * (GROUP * _D) + place, gl.full([_D, N], _EMPTY, gl.int32, layout=scored), mask=live)
-                empties = gl.full([N], _EMPTY, gl.int32, layout=gl.SliceLayout(0, scored))
-                gl.store(marks + i * GROUP + n, empties, mask=n < GROUP)
+                gl.store(part + i * (GROUP * _D) + place, gl.full([_D, N], _EMPTY, gl.int64, layout=scored), mask=live)
         else:
-            gl.store(part + split * (GROUP * _D) + place, acc.to(gl.int32, bitcast=True), mask=live)
-            gl.store(marks + split * GROUP + n, mark.to(gl.int32, bitcast=True), mask=n < GROUP)
+            upper = gl.zeros([_D, N], gl.float32, layout=scored) + mark[None, :]
+            words = upper.to(gl.int32, bitcast=True).to(gl.int64) << 32
+            words |= acc.to(gl.int32, bitcast=True).to(gl.int64) & 0xFFFFFFFF
+            gl.store(part + split * (GROUP * _D) + place, words, mask=live)
 
 
 def takes(qkv: Tensor, k_cache: Tensor, group: int) -> bool:
@@ -286,9 +311,9 @@ def attend_slices(
     kv_heads, block_size = k_cache.shape[1:3]
     group = heads // kv_heads
     _decode_slices_kernel[(kv_heads, rows, config.splits)](
-        qkv, k_cache, v_cache, out, block_tables, seq_lens, scratch.part, scratch.marks,
+        qkv, k_cache, v_cache, out, block_tables, seq_lens, scratch.part,
         qkv.stride(0), block_tables.stride(0), *new.arguments(), NORM=new.q_weight is not None,
         KV_HEADS=kv_heads, GROUP=group, N=max(8, triton.next_power_of_2(group)), BLOCK=block_size,
-        KEYS=config.keys, SPLITS=config.splits, LEAST=config.least, SCALE=scale,
+        KEYS=config.keys, SPLITS=config.splits, LEAST=config.least, AHEAD=config.ahead, SCALE=scale,
         num_warps=WARPS, launch_pdl=True,
     )  # fmt: skip

@@ -197,13 +197,13 @@ def codes(kind: str, group: int) -> dict[str, Any]:
 def slices(config: SlicesConfig, group: int) -> dict[str, Any]:
     """Attention of few rows from qkv."""
     types = {
-        "*bf16": ("qkv", "k_cache", "v_cache", "out", "q_weight", "k_weight"), "*i64": ("slots",),
-        "*i32": ("block_tables", "seq_lens", "part", "marks"), "*fp32": ("inv_freq",), "fp32": ("eps",),
+        "*bf16": ("qkv", "k_cache", "v_cache", "out", "q_weight", "k_weight"), "*i64": ("slots", "part"),
+        "*i32": ("block_tables", "seq_lens"), "*fp32": ("inv_freq",), "fp32": ("eps",),
         "stride": ("qkv_stride", "table_stride"),
     }  # fmt: skip
     constants = {
         "NORM": True, "KV_HEADS": 8, "GROUP": group, "N": 8, "BLOCK": 16, "KEYS": config.keys,
-        "SPLITS": config.splits, "LEAST": config.least, "SCALE": 0.1,
+        "SPLITS": config.splits, "LEAST": config.least, "AHEAD": config.ahead, "SCALE": 0.1,
     }  # fmt: skip
     given = {name: type_ for type_, names in types.items() for name in names}
     return compiled(paged_attention_slices_gluon._decode_slices_kernel, given, constants, WARPS)

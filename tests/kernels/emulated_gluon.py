@@ -43,7 +43,7 @@ class Value:
     dtype = property(lambda self: self.data.dtype)
     for _name in ("add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "floordiv", "mod"):
         locals()[f"__{_name}__"] = _operator(f"__{_name}__")
-    for _name in ("lt", "le", "gt", "ge", "eq", "ne", "and", "or"):
+    for _name in ("lt", "le", "gt", "ge", "eq", "ne", "and", "or", "lshift"):
         locals()[f"__{_name}__"] = _operator(f"__{_name}__")
     __hash__ = None  # type: ignore[assignment]
 
@@ -113,11 +113,12 @@ def product(a: Shared, b: Shared, acc: Value, *, use_acc: bool = True, is_async:
     return Value(made + acc.data if use_acc else made)
 
 
-def wait_for(ptr: Pointer, empty: int) -> Value:
-    """Words that other programs write: all are there, as those programs have ended."""
-    words = load(ptr)
-    assert (words.data != empty).all()
-    return words.to(torch.float32, bitcast=True)
+def wait_for(ptr: Pointer, empty: int) -> tuple[Value, Value]:
+    """The halves of words that other programs write: all are there, as those programs have ended."""
+    halves = load(ptr).data.unsqueeze(-1).view(torch.int32)
+    assert (halves[..., 0] != empty).all()
+    lower, upper = halves.view(torch.float32).unbind(-1)
+    return Value(lower), Value(upper)
 
 
 def _language(program: tuple[int, ...]) -> types.SimpleNamespace:
@@ -158,7 +159,7 @@ def launch(module: Any, kernel: Any, grid: tuple[int, ...], *args: Any, empty: i
             async_copy_global_to_shared=_copy, commit_group=lambda: None, wait_group=lambda count: None
         ),
         "fence_async_shared": lambda: None, "release_dependents": lambda on: None, "wait_for_inputs": lambda on: None,
-        "_barrier": lambda: None, "warpgroup_mma": product,
+        "_barrier": lambda: None, "_ask_ahead": lambda *_: None, "warpgroup_mma": product,
         "warpgroup_mma_wait": lambda count, deps: deps[0],
         "_wait_for": lambda ptr, *_: wait_for(ptr, empty),
     }  # fmt: skip

@@ -12,18 +12,18 @@ from nanoengine.kernels.paged_attention_plan import graph_rows
 
 HEAD, WARPS = 128, 4
 EMPTY = -1  # a word of scratch memory that nothing was written to: a NaN that no arithmetic gives
-_TILE = 16 * WARPS
+_MOST_HEADS, _MOST_SPLITS = 8, 16
+_SHORT_TAIL = 1.7  # waves of programs: with fewer, and more than one, most multiprocessors wait for the others
 
 
 @dataclass(frozen=True, slots=True)
 class SlicesConfig:
     """splits: the most programs a (row, KV head). keys: that one holds in shared memory. least: the fewest tiles
-    of 64 keys that a part is worth. ahead: keys behind those that it asks for, to be in L2 soon."""
+    of 64 keys that a part is worth."""
 
     splits: int
     keys: int
     least: int
-    ahead: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,23 +39,33 @@ class SlicesScratch:
         return cls(torch.full((parts * group * HEAD,), EMPTY, dtype=torch.int64, device=device))
 
 
-def slices_config(rows: int, kv_heads: int, multiprocessors: int) -> SlicesConfig | None:
-    """None: there is not a multiprocessor for each (row, KV head), or so many that a row should have more parts.
+def slices_config(rows: int, kv_heads: int, group: int, multiprocessors: int) -> SlicesConfig | None:
+    """group: query heads for each KV head. None: another kernel is as fast, or it was not measured.
 
-    Microseconds a layer of Qwen3-0.6B in a chain of 28, 130, 384 and 640 keys (one H200, 2026-11-30); norms, rotation
-    and attention are all but 11.4, 12.0 and 15.8 of them:
+    Microseconds of norms, rotation, store and attention a layer, in a chain of layers of Qwen3-0.6B and of another with
+    32 heads, 384 keys (one H200, 2026-11-30):
 
-        rows                       4                   8                  16
-        tile by tile      17.7 18.8 21.5      18.6 21.0 24.2      25.1 27.7 31.5
-        256 keys          15.5 17.4 20.3      17.2 19.6 22.7      22.1 26.3 29.7
-        128 keys          16.2 17.5 20.4      17.4 19.9 23.0      21.6 24.0 29.9
+        rows, 16 heads        1      2      4      8     16     32     64    128    256
+        tile by tile       4.08   6.28   7.23   8.96   12.1   19.5   28.3   55.2  101.6
+        256 keys           3.12   5.59   5.64   7.53   11.9
+        128 keys           3.16   5.96                 8.32   15.1   28.2   51.3   98.9
+        64 keys            4.25   6.97                        19.1   28.8   53.8   97.6
+        rows, 32 heads                           8                      64          256
+        tile by tile                          8.31                    32.0        104.0
+        these                                 9.34                    27.1         97.0
+
+    Keys behind the first that were asked for in L2 made it slower.
     """
     pairs = rows * kv_heads
-    if not multiprocessors // 8 < pairs <= multiprocessors:
+    if group > _MOST_HEADS or (group > 2 and 8 * pairs <= multiprocessors):
         return None
-    # So many leave room for a program of the product in front, and one of that behind.
-    keys = 256 if 2 * pairs <= multiprocessors else 128
-    return SlicesConfig(splits=1 << ((multiprocessors // pairs).bit_length() - 1), keys=keys, least=4)
+    if pairs <= multiprocessors:  # 256 keys leave room for a program of the product in front, and one of that behind
+        splits = min(_MOST_SPLITS, 1 << ((multiprocessors // pairs).bit_length() - 1))
+        return SlicesConfig(splits=splits, keys=256 if 2 * pairs <= multiprocessors else 128, least=4)
+    waves = pairs / (3 * multiprocessors)  # three programs with 128 keys, or six with 64, fill a multiprocessor
+    if group <= 2 and 1 < waves < _SHORT_TAIL:
+        return None
+    return SlicesConfig(splits=1, keys=128 if waves <= 4 else 64, least=4)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +73,7 @@ class SlicesPlanner:
     """Lays launches of one KV group out, and owns the scratch memory that they share."""
 
     kv_heads: int
+    group: int
     multiprocessors: int
     max_rows: int
     scratch: SlicesScratch
@@ -70,8 +81,8 @@ class SlicesPlanner:
     @classmethod
     def make(cls, *, num_heads: int, num_kv_heads: int, max_rows: int, device: torch.device) -> SlicesPlanner:
         count = torch.cuda.get_device_properties(device).multi_processor_count
-        scratch = SlicesScratch.make(count, num_heads // num_kv_heads, device)
-        return cls(num_kv_heads, count, max_rows, scratch)
+        group = num_heads // num_kv_heads
+        return cls(num_kv_heads, group, count, max_rows, SlicesScratch.make(count, group, device))
 
     def config(self, rows: int) -> SlicesConfig | None:
-        return slices_config(min(graph_rows(rows), self.max_rows), self.kv_heads, self.multiprocessors)
+        return slices_config(min(graph_rows(rows), self.max_rows), self.kv_heads, self.group, self.multiprocessors)

@@ -1,5 +1,5 @@
-"""Attention of few rows of one query each, from qkv, on GPUs of compute capability 9.0: a program's keys and values all
-lie in shared memory before the product in front has ended.
+"""Attention of one query a row, from qkv, on GPUs of compute capability 9.0: a program asks for its first keys and
+values before the product in front has ended.
 
 At few rows a program has a multiprocessor to itself, and what takes time is the chain of steps that wait for each
 other. So there is one softmax over all keys that shared memory holds, not one a tile: all scores by tensor cores, one
@@ -16,7 +16,7 @@ compiled everywhere.
 """
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,assignment"
-# ruff: noqa: N803, SIM102 - constants of a kernel are in capitals, and its branches are taken when it is compiled
+# ruff: noqa: N803 - constants of a kernel are in capitals
 from __future__ import annotations
 
 import torch
@@ -42,7 +42,6 @@ _EMPTY = gl.constexpr(EMPTY)
 # How keys come into shared memory, 16 bytes a thread; how they lie there; a head of the query a warp.
 _COPIED = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [WARPS, 1], [1, 0]))
 _LIES = gl.constexpr(gl.NVMMASharedLayout(128, 16, rank=2))
-_ONE_EACH = gl.constexpr(gl.BlockedLayout([1], [32], [WARPS], [0]))
 _HEADS = gl.constexpr(gl.BlockedLayout([1, 4], [1, 32], [WARPS, 1], [1, 0]))
 
 
@@ -94,24 +93,6 @@ def _ask(cache, kept, lines, first, end, KEYS: gl.constexpr):
 
 
 @gluon.jit
-def _ask_ahead(k_cache, v_cache, table, kv_head, first, end, KV_HEADS: gl.constexpr, BLOCK: gl.constexpr,
-               AHEAD: gl.constexpr):  # fmt: skip
-    """Asks for K and V of AHEAD keys from `first` on, to be in L2 soon; dummies from `end` on."""
-    keys = first + gl.arange(0, AHEAD, layout=_ONE_EACH)
-    block = gl.load(table + keys // BLOCK, mask=keys < end, other=0).to(gl.int64)
-    at = ((block * KV_HEADS + kv_head) * BLOCK + keys % BLOCK) * _D
-    for half in gl.static_range(2):
-        _ask_line(k_cache + at + half * _HALF)
-        _ask_line(v_cache + at + half * _HALF)
-
-
-@gluon.jit
-def _ask_line(ptrs):
-    asm: gl.constexpr = "prefetch.global.L2 [$1]; // $0"
-    gl.inline_asm_elementwise(asm, "=r,l", [ptrs.to(gl.int64)], dtype=gl.int32, is_pure=False, pack=1)
-
-
-@gluon.jit
 def _turned(raw, swapped, weight, swapped_weight, cos, sin, squares, eps, NORM: gl.constexpr):
     """Heads, normalised where there is a norm, and rotated; as in `paged_attention_decode_triton`. squares: their sums
     of squares."""
@@ -158,7 +139,7 @@ def _decode_slices_kernel(
     qkv, k_cache, v_cache, out, block_tables, seq_lens, part, qkv_stride, table_stride,
     slots, inv_freq, q_weight, k_weight, eps,
     NORM: gl.constexpr, KV_HEADS: gl.constexpr, GROUP: gl.constexpr, N: gl.constexpr, BLOCK: gl.constexpr,
-    KEYS: gl.constexpr, SPLITS: gl.constexpr, LEAST: gl.constexpr, AHEAD: gl.constexpr, SCALE: gl.constexpr,
+    KEYS: gl.constexpr, SPLITS: gl.constexpr, LEAST: gl.constexpr, SCALE: gl.constexpr,
 ):  # fmt: skip
     """N: columns of query heads, of which GROUP are some. LEAST: the fewest tiles that a part is worth."""
     kv_head, row = gl.program_id(0), gl.program_id(1).to(gl.int64)
@@ -189,9 +170,6 @@ def _decode_slices_kernel(
     lines = _lines(table, kv_head, begin, end, KV_HEADS, BLOCK, KEYS)
     _ask(k_cache, keys, lines, begin, end, KEYS)
     _ask(v_cache, values, lines, begin, end, KEYS)
-    if AHEAD > 0:
-        if begin + KEYS < end:
-            _ask_ahead(k_cache, v_cache, table, kv_head, begin + KEYS, end, KV_HEADS, BLOCK, AHEAD)
 
     e = gl.arange(0, _D, layout=gl.SliceLayout(0, _HEADS))
     h = gl.arange(0, N, layout=gl.SliceLayout(1, _HEADS))[:, None]
@@ -314,6 +292,6 @@ def attend_slices(
         qkv, k_cache, v_cache, out, block_tables, seq_lens, scratch.part,
         qkv.stride(0), block_tables.stride(0), *new.arguments(), NORM=new.q_weight is not None,
         KV_HEADS=kv_heads, GROUP=group, N=max(8, triton.next_power_of_2(group)), BLOCK=block_size,
-        KEYS=config.keys, SPLITS=config.splits, LEAST=config.least, AHEAD=config.ahead, SCALE=scale,
+        KEYS=config.keys, SPLITS=config.splits, LEAST=config.least, SCALE=scale,
         num_warps=WARPS, launch_pdl=True,
     )  # fmt: skip

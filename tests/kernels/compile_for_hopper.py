@@ -195,7 +195,7 @@ def codes(kind: str, group: int) -> dict[str, Any]:
 
 
 def slices(config: SlicesConfig, group: int) -> dict[str, Any]:
-    """Attention of few rows from qkv."""
+    """Attention of one query a row, from qkv."""
     types = {
         "*bf16": ("qkv", "k_cache", "v_cache", "out", "q_weight", "k_weight"), "*i64": ("slots", "part"),
         "*i32": ("block_tables", "seq_lens"), "*fp32": ("inv_freq",), "fp32": ("eps",),
@@ -203,7 +203,7 @@ def slices(config: SlicesConfig, group: int) -> dict[str, Any]:
     }  # fmt: skip
     constants = {
         "NORM": True, "KV_HEADS": 8, "GROUP": group, "N": 8, "BLOCK": 16, "KEYS": config.keys,
-        "SPLITS": config.splits, "LEAST": config.least, "AHEAD": config.ahead, "SCALE": 0.1,
+        "SPLITS": config.splits, "LEAST": config.least, "SCALE": 0.1,
     }  # fmt: skip
     given = {name: type_ for type_, names in types.items() for name in names}
     return compiled(paged_attention_slices_gluon._decode_slices_kernel, given, constants, WARPS)
@@ -392,8 +392,8 @@ def main() -> None:
         found[f"from qkv, {stages} stages"] = from_qkv(longest)
     for kind, group in (("fp8", 2), ("fp8", 8), ("int8", 2)):
         found[f"codes {kind}, {group} heads"] = codes(kind, group)
-    for rows in (4, 8, 16):
-        config = slices_config(rows, 8, 132)
+    for rows in (1, 8, 16, 256):
+        config = slices_config(rows, 8, 2, 132)
         assert config is not None
         found[f"slices x{rows}"] = slices(config, 2)
     for tokens in (256, 8192):

@@ -159,7 +159,7 @@ def launch(module: Any, kernel: Any, grid: tuple[int, ...], *args: Any, empty: i
             async_copy_global_to_shared=_copy, commit_group=lambda: None, wait_group=lambda count: None
         ),
         "fence_async_shared": lambda: None, "release_dependents": lambda on: None, "wait_for_inputs": lambda on: None,
-        "_barrier": lambda: None, "_ask_ahead": lambda *_: None, "warpgroup_mma": product,
+        "_barrier": lambda: None, "warpgroup_mma": product,
         "warpgroup_mma_wait": lambda count, deps: deps[0],
         "_wait_for": lambda ptr, *_: wait_for(ptr, empty),
     }  # fmt: skip

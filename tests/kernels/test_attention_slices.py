@@ -52,12 +52,16 @@ def test_broken_kernels_are_far_from_it() -> None:
         assert case["far"] > 0.05 or not case["empty"], name
 
 
-def test_there_is_a_multiprocessor_for_each_part() -> None:
-    assert slices_config(8, 8, 132) == SlicesConfig(splits=2, keys=256, least=4)
-    assert slices_config(16, 8, 132) == SlicesConfig(splits=1, keys=128, least=4)
-    assert slices_config(2, 8, 132) is None
-    assert slices_config(17, 8, 132) is None
-    for rows in (3, 4, 8, 16):
-        config = slices_config(rows, 8, 132)
-        assert config is not None
-        assert rows * 8 * config.splits <= 132
+def test_layouts_fill_the_multiprocessors() -> None:
+    found = {rows: slices_config(rows, 8, 2, 132) for rows in (1, 2, 3, 4, 8, 16, 32, 64, 128, 256)}
+    assert found[1] == SlicesConfig(splits=16, keys=256, least=4)
+    assert found[8] == SlicesConfig(splits=2, keys=256, least=4)
+    assert found[16] == SlicesConfig(splits=1, keys=128, least=4)
+    assert found[128] == SlicesConfig(splits=1, keys=128, least=4)
+    assert found[256] == SlicesConfig(splits=1, keys=64, least=4)
+    assert [rows for rows, config in found.items() if config is None] == [64]
+    assert slices_config(64, 8, 4, 132) == found[128]
+    assert slices_config(8, 1, 16, 132) is None
+    assert [slices_config(rows, 8, 4, 132) for rows in (1, 2, 8)] == [None, None, found[8]]
+    for rows, config in found.items():  # parts that wait for each other
+        assert config is None or config.splits == 1 or rows * 8 * config.splits <= 132

@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 KernelName = Literal[
-    "attention_codes", "attention_prefill_gluon", "attention_slices", "eight_bit_streamed", "int4_gluon", "int4_tiles",
-    "mask_in_scan", "masks_beside", "matvec_streamed", "sums_pushed",
+    "attention_codes", "attention_prefill_gluon", "attention_slices", "attention_slices_beside", "eight_bit_streamed",
+    "int4_gluon", "int4_tiles", "mask_in_scan", "masks_beside", "matvec_streamed", "sums_pushed",
 ]  # fmt: skip
 KERNELS: Mapping[KernelName, bool] = {
     "attention_codes": True,  # K and V in eight bits by wgmma on Hopper GPUs; else by the decode kernel in Triton
     "attention_prefill_gluon": True,  # prompts by warps with roles on Hopper GPUs; else by the kernel in Triton
     "attention_slices": True,  # decode from qkv by a softmax over many keys at once on Hopper GPUs; else tile by tile
+    "attention_slices_beside": False,  # and decode beside prompts, from q
     # one row is quantised by its product with FP8 weights; else by a kernel in front, which was faster on an H200
     "eight_bit_streamed": False,
     "int4_gluon": True,  # products of four bits by kernels for Hopper GPUs in Gluon; else by those in Triton

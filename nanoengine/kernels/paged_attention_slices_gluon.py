@@ -138,13 +138,17 @@ def _join(own, mark, part, parts, GROUP: gl.constexpr, N: gl.constexpr, LAYOUT: 
 def _decode_slices_kernel(
     qkv, k_cache, v_cache, out, block_tables, seq_lens, part, qkv_stride, table_stride,
     slots, inv_freq, q_weight, k_weight, eps,
-    NORM: gl.constexpr, KV_HEADS: gl.constexpr, GROUP: gl.constexpr, N: gl.constexpr, BLOCK: gl.constexpr,
-    KEYS: gl.constexpr, SPLITS: gl.constexpr, LEAST: gl.constexpr, SCALE: gl.constexpr,
+    FUSED: gl.constexpr, NORM: gl.constexpr, KV_HEADS: gl.constexpr, GROUP: gl.constexpr, N: gl.constexpr,
+    BLOCK: gl.constexpr, KEYS: gl.constexpr, SPLITS: gl.constexpr, LEAST: gl.constexpr, SCALE: gl.constexpr,
 ):  # fmt: skip
-    """N: columns of query heads, of which GROUP are some. LEAST: the fewest tiles that a part is worth."""
+    """FUSED: of qkv, as `attend_slices` says. Else of q, behind the prefill attention of other rows: all that is read
+    here is complete when this starts, and it waits at its end (see `pdl_triton`), so both run at the same time.
+
+    N: columns of query heads, of which GROUP are some. LEAST: the fewest tiles that a part is worth."""
     kv_head, row = gl.program_id(0), gl.program_id(1).to(gl.int64)
     split = gl.program_id(2)  # slowest: a program waits for those that start before it
-    release_dependents(True)
+    if FUSED:
+        release_dependents(True)
     scored: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[_WARPS, 1], instr_shape=[16, N, 16])
     dtype: gl.constexpr = k_cache.dtype.element_ty
     keys = gl.allocate_shared_memory(dtype, [KEYS, _D], _LIES)
@@ -155,14 +159,17 @@ def _decode_slices_kernel(
     # Lengths and tables are complete before a step's first layer, and so is what the cache has of earlier steps: see
     # `paged_attention_decode_triton`. The newest key comes from qkv.
     length = gl.load(seq_lens + row)
-    tiles = gl.cdiv(length - 1, _TILE)
+    stop = length
+    if FUSED:
+        stop = length - 1
+    tiles = gl.cdiv(stop, _TILE)
     each = gl.maximum(gl.cdiv(tiles, SPLITS), LEAST)
     used = gl.maximum(gl.cdiv(tiles, each), 1)
     each = gl.cdiv(tiles, used)
     begin = 0  # so that a row's table need not wait for its length
     if SPLITS > 1:
         begin = split * each * _TILE
-    end = gl.minimum(begin + each * _TILE, length - 1)
+    end = gl.minimum(begin + each * _TILE, stop)
     newest = split == used - 1
     if split >= used:  # a row's first program is there and waits, so that this launch ends behind the one in front
         return
@@ -171,50 +178,65 @@ def _decode_slices_kernel(
     _ask(k_cache, keys, lines, begin, end, KEYS)
     _ask(v_cache, values, lines, begin, end, KEYS)
 
+    nothing = gl.zeros([KEYS, N], gl.float32, layout=scored)
+    score = gl.full([N], float("-inf"), gl.float32, layout=gl.SliceLayout(0, scored))
+    d = gl.arange(0, _D, layout=gl.SliceLayout(1, scored))
+    new_mixed = gl.zeros([_D], gl.float32, layout=gl.SliceLayout(1, scored))
     e = gl.arange(0, _D, layout=gl.SliceLayout(0, _HEADS))
     h = gl.arange(0, N, layout=gl.SliceLayout(1, _HEADS))[:, None]
-    swap = gl.where(e < _HALF, e + _HALF, e - _HALF)
-    slot = gl.load(slots + row)
-    angle = (length - 1).to(gl.float32) * gl.load(inv_freq + e % _HALF)
-    cos, sin = gl.cos(angle), gl.where(e < _HALF, -1.0, 1.0) * gl.sin(angle)
-    weight, swapped_weight, new_weight, new_swapped_weight = cos, cos, cos, cos
-    if NORM:
-        weight, swapped_weight = gl.load(q_weight + e).to(gl.float32), gl.load(q_weight + swap).to(gl.float32)
-        new_weight, new_swapped_weight = gl.load(k_weight + e).to(gl.float32), gl.load(k_weight + swap).to(gl.float32)
-    wait_for_inputs(True)
-    if length <= 0:
-        async_copy.wait_group(0)
-        return
-
-    heads = qkv + row * qkv_stride + (kv_head * GROUP + h) * _D
-    last = qkv + row * qkv_stride + (KV_HEADS * GROUP + kv_head) * _D
-    d = gl.arange(0, _D, layout=gl.SliceLayout(1, scored))
     live = (h < GROUP) & (e >= 0)[None, :]
-    raw = gl.load(heads + e[None, :], mask=live, other=0.0)
-    swapped = gl.load(heads + swap[None, :], mask=live, other=0.0)
-    new_raw, new_swapped, new_value = gl.load(last + e), gl.load(last + swap), gl.load(last + KV_HEADS * _D + e)
-    new_mixed = gl.load(last + KV_HEADS * _D + d, mask=(d >= 0) & newest, other=0.0)
-    squares = gl.sum(raw.to(gl.float32) * raw.to(gl.float32), 1)[:, None]
-    turned = _turned(
-        raw, swapped, weight[None, :], swapped_weight[None, :], cos[None, :], sin[None, :], squares, eps, NORM
-    )
-    query.store(turned)
-    async_copy.wait_group(1)
-    fence_async_shared()
-    nothing = gl.zeros([KEYS, N], gl.float32, layout=scored)
-    asked = warpgroup_mma(keys, query.permute((1, 0)), nothing, use_acc=False, is_async=True)
-    square = gl.sum(new_raw.to(gl.float32) * new_raw.to(gl.float32), 0)
-    new_key = _turned(new_raw, new_swapped, new_weight, new_swapped_weight, cos, sin, square, eps, NORM)
-    new_at = ((slot // BLOCK * KV_HEADS + kv_head) * BLOCK + slot % BLOCK) * _D + e
-    stored = (e >= 0) & newest & (slot >= 0)
-    gl.store(k_cache + new_at, new_key, mask=stored)
-    gl.store(v_cache + new_at, new_value, mask=stored)
-    score = gl.sum(turned.to(gl.float32) * new_key.to(gl.float32)[None, :], 1) * (SCALE * _LOG2E)
-    score = gl.where(newest, gl.convert_layout(score, gl.SliceLayout(0, scored)), float("-inf"))
+    heads = qkv + row * qkv_stride + (kv_head * GROUP + h) * _D
+    if FUSED:
+        swap = gl.where(e < _HALF, e + _HALF, e - _HALF)
+        slot = gl.load(slots + row)
+        angle = (length - 1).to(gl.float32) * gl.load(inv_freq + e % _HALF)
+        cos, sin = gl.cos(angle), gl.where(e < _HALF, -1.0, 1.0) * gl.sin(angle)
+        weight, swapped_weight, new_weight, new_swapped_weight = cos, cos, cos, cos
+        if NORM:
+            weight, swapped_weight = gl.load(q_weight + e).to(gl.float32), gl.load(q_weight + swap).to(gl.float32)
+            new_weight = gl.load(k_weight + e).to(gl.float32)
+            new_swapped_weight = gl.load(k_weight + swap).to(gl.float32)
+        wait_for_inputs(True)
+        if length <= 0:
+            async_copy.wait_group(0)
+            return
+        last = qkv + row * qkv_stride + (KV_HEADS * GROUP + kv_head) * _D
+        raw = gl.load(heads + e[None, :], mask=live, other=0.0)
+        swapped = gl.load(heads + swap[None, :], mask=live, other=0.0)
+        new_raw, new_swapped, new_value = gl.load(last + e), gl.load(last + swap), gl.load(last + KV_HEADS * _D + e)
+        new_mixed = gl.load(last + KV_HEADS * _D + d, mask=(d >= 0) & newest, other=0.0).to(gl.float32)
+        squares = gl.sum(raw.to(gl.float32) * raw.to(gl.float32), 1)[:, None]
+        turned = _turned(
+            raw, swapped, weight[None, :], swapped_weight[None, :], cos[None, :], sin[None, :], squares, eps, NORM
+        )
+        query.store(turned)
+        async_copy.wait_group(1)
+        fence_async_shared()
+        asked = warpgroup_mma(keys, query.permute((1, 0)), nothing, use_acc=False, is_async=True)
+        square = gl.sum(new_raw.to(gl.float32) * new_raw.to(gl.float32), 0)
+        new_key = _turned(new_raw, new_swapped, new_weight, new_swapped_weight, cos, sin, square, eps, NORM)
+        new_at = ((slot // BLOCK * KV_HEADS + kv_head) * BLOCK + slot % BLOCK) * _D + e
+        stored = (e >= 0) & newest & (slot >= 0)
+        gl.store(k_cache + new_at, new_key, mask=stored)
+        gl.store(v_cache + new_at, new_value, mask=stored)
+        new_score = gl.sum(turned.to(gl.float32) * new_key.to(gl.float32)[None, :], 1) * (SCALE * _LOG2E)
+        score = gl.where(newest, gl.convert_layout(new_score, gl.SliceLayout(0, scored)), float("-inf"))
+        scores = warpgroup_mma_wait(0, deps=(asked,))
+    else:
+        release_dependents(True)
+        if length <= 0:
+            async_copy.wait_group(0)
+            wait_for_inputs(True)
+            return
+        # .cg: there was no wait, and where q lies an input of the product in front of it may have been
+        query.store(gl.load(heads + e[None, :], mask=live, other=0.0, cache_modifier=".cg"))
+        async_copy.wait_group(1)
+        fence_async_shared()
+        scores = warpgroup_mma(keys, query.permute((1, 0)), nothing, use_acc=False)
 
     # The first keys, and the newest one. Others are few or none, so this is not part of a loop, where what is the same
     # in each round would be worked out first.
-    top, total = _shares(warpgroup_mma_wait(0, deps=(asked,)), shares, score, begin, end, KEYS, SCALE, scored)
+    top, total = _shares(scores, shares, score, begin, end, KEYS, SCALE, scored)
     later = begin + KEYS
     if later < end:  # every thread is done with the keys
         lines = _lines(table, kv_head, later, end, KV_HEADS, BLOCK, KEYS)
@@ -228,7 +250,7 @@ def _decode_slices_kernel(
     fresh = gl.exp2(score - top)
     sums = gl.sum(total, 0) + fresh
     acc = warpgroup_mma_wait(0, deps=(mixing,))
-    acc += new_mixed.to(gl.float32)[:, None] * fresh[None, :]
+    acc += new_mixed[:, None] * fresh[None, :]
 
     for first in range(later, end, KEYS):
         _barrier()  # every thread is done with the values
@@ -272,6 +294,7 @@ def _decode_slices_kernel(
             words = upper.to(gl.int32, bitcast=True).to(gl.int64) << 32
             words |= acc.to(gl.int32, bitcast=True).to(gl.int64) & 0xFFFFFFFF
             gl.store(part + split * (GROUP * _D) + place, words, mask=live)
+    wait_for_inputs(not FUSED)
 
 
 def takes(qkv: Tensor, k_cache: Tensor, group: int) -> bool:
@@ -282,15 +305,19 @@ def takes(qkv: Tensor, k_cache: Tensor, group: int) -> bool:
 
 def attend_slices(
     qkv: Tensor, k_cache: Tensor, v_cache: Tensor, out: Tensor, block_tables: Tensor, seq_lens: Tensor,
-    new: NewTokens, *, scale: float, config: SlicesConfig, scratch: SlicesScratch,
+    new: NewTokens | None, *, scale: float, config: SlicesConfig, scratch: SlicesScratch,
 ) -> None:  # fmt: skip
-    """As `paged_attention.attend_decode_qkv`, of what `takes` takes, into `out` [B, heads, 128]."""
+    """As `paged_attention.attend_decode_qkv`, of what `takes` takes, into `out` [B, heads, 128].
+
+    new: None: `qkv` is q [B, heads, 128], whose keys are stored; as `attend_decode` where this is behind the prefill
+    attention of other rows."""
     rows, heads = out.shape[:2]
     kv_heads, block_size = k_cache.shape[1:3]
     group = heads // kv_heads
     _decode_slices_kernel[(kv_heads, rows, config.splits)](
-        qkv, k_cache, v_cache, out, block_tables, seq_lens, scratch.part,
-        qkv.stride(0), block_tables.stride(0), *new.arguments(), NORM=new.q_weight is not None,
+        qkv, k_cache, v_cache, out, block_tables, seq_lens, scratch.part, qkv.stride(0), block_tables.stride(0),
+        *((qkv, qkv, qkv, qkv, 0.0) if new is None else new.arguments()),
+        FUSED=new is not None, NORM=new is not None and new.q_weight is not None,
         KV_HEADS=kv_heads, GROUP=group, N=max(8, triton.next_power_of_2(group)), BLOCK=block_size,
         KEYS=config.keys, SPLITS=config.splits, LEAST=config.least, SCALE=scale,
         num_warps=WARPS, launch_pdl=True,

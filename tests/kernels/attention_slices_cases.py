@@ -15,7 +15,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from nanoengine.kernels import gluon, paged_attention
+from nanoengine.kernels import gluon, paged_attention, rope
 from nanoengine.kernels import paged_attention_slices_gluon as by_gluon
 from nanoengine.kernels.paged_attention_plan import NewTokens
 from nanoengine.kernels.paged_attention_slices import EMPTY, HEAD, SlicesConfig, SlicesScratch
@@ -65,16 +65,24 @@ class Rows:
         return out, k, v
 
     def found(
-        self, module: Any, norm: bool, config: SlicesConfig, scratch: SlicesScratch
+        self, module: Any, norm: bool, config: SlicesConfig, scratch: SlicesScratch, *, beside: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
-        k, v = self.k.clone(), self.v.clone()
+        """beside: of q, whose keys are stored."""
+        k, v, given = self.k.clone(), self.v.clone(), self.qkv
+        new: NewTokens | None = self.new(norm)
+        if beside:
+            assert new is not None
+            given = rope.qk_norm_rope_store(
+                self.qkv, self.lens.long() - 1, self.inv_freq, k.transpose(1, 2), v.transpose(1, 2), self.slots,
+                q_weight=new.q_weight, k_weight=new.k_weight, eps=new.eps,
+            )  # fmt: skip
+            new = None
         out = torch.full((len(self.qkv), self.group * KV_HEADS, HEAD), float("nan"), dtype=k.dtype, device=DEVICE)
         kernel = module._decode_slices_kernel
         with patch.object(module, "_decode_slices_kernel", kernel if ON_HOPPER else Emulated(module)):
             module.attend_slices(
-                self.qkv, k, v, out, self.tables, self.lens, self.new(norm), scale=HEAD**-0.5, config=config,
-                scratch=scratch,
-            )  # fmt: skip
+                given, k, v, out, self.tables, self.lens, new, scale=HEAD**-0.5, config=config, scratch=scratch
+            )
         return out[self.live], k, v
 
 
@@ -96,11 +104,13 @@ CASES: list[tuple[list[int], SlicesConfig, bool, dict[str, Any]]] = [
     ([384, 513, 0, 640], TWO, False, {}),
     ([384, 513, 0, 640], FOUR, True, {}),
     ([65, 130, 300], SlicesConfig(1, 64, 4), True, {}),
+    ([65, 130, 300, 1], SlicesConfig(1, 64, 4), True, {"beside": True}),
+    ([300, 33, 700], TWO, False, {"beside": True}),
     ([300, 33, 1030], FOUR, False, {"group": 1, "block": 32}),
     ([300, 33], TWO, True, {"group": 10, "dtype": torch.float16}),
 ]
 MUTANTS = {
-    "forgets the newest value": ("acc += new_mixed.to(gl.float32)[:, None] * fresh[None, :]", "acc += 0.0"),
+    "forgets the newest value": ("acc += new_mixed[:, None] * fresh[None, :]", "acc += 0.0"),
     "sees a key behind the end": (
         "layout=gl.SliceLayout(1, LAYOUT)) < end)",
         "layout=gl.SliceLayout(1, LAYOUT)) <= end)",
@@ -128,17 +138,19 @@ def mutant(name: str, folder: Path) -> Any:
 
 def tried(module: Any) -> Iterator[dict[str, Any]]:
     """far: the largest difference in heads and caches. empty: scratch memory is as it was. joined: rows in parts."""
-    for lens, config, norm, more in CASES:
+    for lens, config, norm, given in CASES:
+        more = dict(given)
+        beside = more.pop("beside", False)
         rows = Rows(lens, **more)
         scratch = SlicesScratch.make(len(lens) * KV_HEADS * config.splits, rows.group, DEVICE)
-        found, wanted = rows.found(module, norm, config, scratch), rows.wanted(norm)
+        found, wanted = rows.found(module, norm, config, scratch, beside=beside), rows.wanted(norm)
         far = max(
             float(torch.where(a.isnan() & b.isnan(), 0, a.float() - b.float()).abs().nan_to_num(float("inf")).max())
             for a, b in zip(found, wanted, strict=True)
         )
         empty = bool((scratch.part == EMPTY).all())
         joined = sum(config.splits > 1 and n - 1 > 64 * config.least for n in lens)
-        yield {"far": far, "empty": empty, "joined": joined, "case": f"{lens} {config} {norm} {more}"}
+        yield {"far": far, "empty": empty, "joined": joined, "case": f"{lens} {config} {norm} {given}"}
 
 
 def main() -> None:

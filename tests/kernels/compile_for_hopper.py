@@ -194,7 +194,7 @@ def codes(kind: str, group: int) -> dict[str, Any]:
     return compiled(by_gluon._decode_codes_kernel, given, constants)
 
 
-def slices(config: SlicesConfig, group: int) -> dict[str, Any]:
+def slices(config: SlicesConfig, group: int, *, fused: bool = True) -> dict[str, Any]:
     """Attention of one query a row, from qkv."""
     types = {
         "*bf16": ("qkv", "k_cache", "v_cache", "out", "q_weight", "k_weight"), "*i64": ("slots", "part"),
@@ -202,7 +202,7 @@ def slices(config: SlicesConfig, group: int) -> dict[str, Any]:
         "stride": ("qkv_stride", "table_stride"),
     }  # fmt: skip
     constants = {
-        "NORM": True, "KV_HEADS": 8, "GROUP": group, "N": 8, "BLOCK": 16, "KEYS": config.keys,
+        "FUSED": fused, "NORM": fused, "KV_HEADS": 8, "GROUP": group, "N": 8, "BLOCK": 16, "KEYS": config.keys,
         "SPLITS": config.splits, "LEAST": config.least, "SCALE": 0.1,
     }  # fmt: skip
     given = {name: type_ for type_, names in types.items() for name in names}
@@ -396,6 +396,7 @@ def main() -> None:
         config = slices_config(rows, 8, 2, 132)
         assert config is not None
         found[f"slices x{rows}"] = slices(config, 2)
+    found["slices beside prompts"] = slices(SlicesConfig(splits=1, keys=128, least=4), 2, fused=False)
     for tokens in (256, 8192):
         found[f"prompts x{tokens}"] = prompts(tokens)
     for kind in ("Q4_0", "Q4_K", "Q6_K"):

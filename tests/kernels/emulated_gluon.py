@@ -93,7 +93,7 @@ class Shared:
         self.data.copy_(value.data)
 
 
-def load(ptr: Pointer, mask: Any = True, other: float = 0.0) -> Value:
+def load(ptr: Pointer, mask: Any = True, other: float = 0.0, cache_modifier: str = "") -> Value:
     at, mask = torch.broadcast_tensors(torch.as_tensor(ptr.at), torch.as_tensor(_plain(mask)))
     inside = torch.where(mask, at, 0)  # an index out of range raises
     return Value(torch.where(mask, ptr.memory[inside], torch.tensor(other, dtype=ptr.memory.dtype)))

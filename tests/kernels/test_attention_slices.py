@@ -39,7 +39,7 @@ def run(*arguments: str) -> list[dict[str, Any]]:
 
 def test_heads_and_caches_are_those_of_the_reference() -> None:
     found = run()
-    assert len(found) == 7
+    assert len(found) == 9
     for case in found:
         assert case["far"] < 0.02, case
         assert case["empty"], case

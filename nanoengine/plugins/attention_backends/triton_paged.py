@@ -91,7 +91,9 @@ class TritonPaged(AttentionBackend):
         self._by_codes = kernels.has("attention_codes")
         by_warps = kernels.has("attention_prefill_gluon")
         self._counter = torch.zeros(1, dtype=torch.int32, device=device) if by_warps else None
-        self._by_slices = kernels.has("attention_slices")
+        self._by_slices, self._beside_slices = (
+            kernels.has(name) for name in ("attention_slices", "attention_slices_beside")
+        )
         self._slices_planners: dict[int, SlicesPlanner] = {}  # by number of query heads
 
     def _longest(self) -> int:
@@ -151,6 +153,8 @@ class TritonPaged(AttentionBackend):
         prefills = rows < total or len(q) > total * queries
         if rows:  # what it sets to zero must not stand between the two launches that run beside each other
             self._planner(spec.num_heads)
+            if self._beside_slices and self._has_slices(spec):
+                self._slices_planner(spec.num_heads)
         if prefills:
             self._kernels.attend_prefill(
                 q, k_cache, v_cache, out, inputs.block_tables[rows:], inputs.seq_lens[rows:],
@@ -171,7 +175,10 @@ class TritonPaged(AttentionBackend):
         inputs, planner = self._inputs, self._planner(spec.num_heads)
         assert inputs is not None
         tables, seq_lens = inputs.block_tables[:rows], inputs.seq_lens[:rows]
-        if inputs.decode_query_len == 1:
+        single = inputs.decode_query_len == 1
+        if single and beside and self._beside_slices and self._attend_slices(layer, spec, q[:rows], out[:rows], None):
+            return
+        if single:
             self._kernels.attend_decode(
                 q[:rows], self._kv[layer, 0], self._kv[layer, 1], out[:rows], tables, seq_lens, scale=spec.scale,
                 window=spec.window, soft_cap=spec.soft_cap, config=planner.config(rows), scratch=planner.scratch,
@@ -208,12 +215,13 @@ class TritonPaged(AttentionBackend):
             slots=inputs.slot_mapping, inv_freq=rotation.inv_freq, q_weight=norms.q if norms else None,
             k_weight=norms.k if norms else None, eps=norms.eps if norms else 0.0,
         )  # fmt: skip
-        out = self._attend_slices(layer, spec, qkv, new) if self._by_slices else None
+        out = torch.empty(rows, spec.num_heads, spec.head_size, dtype=qkv.dtype, device=qkv.device)
+        if self._by_slices and self._attend_slices(layer, spec, qkv, out, new):
+            return out
         planner = self._planner(spec.num_heads)
         config = planner.fused(rows)
-        if out is not None or config is None:
-            return out
-        out = torch.empty(rows, spec.num_heads, spec.head_size, dtype=qkv.dtype, device=qkv.device)
+        if config is None:
+            return None
         self._kernels.attend_decode(
             qkv, self._kv[layer, 0], self._kv[layer, 1], out, inputs.block_tables, inputs.seq_lens,
             scale=spec.scale, window=spec.window, soft_cap=spec.soft_cap, config=config, scratch=planner.scratch,
@@ -221,26 +229,33 @@ class TritonPaged(AttentionBackend):
         )  # fmt: skip
         return out
 
-    def _attend_slices(self, layer: int, spec: AttentionLayerSpec, qkv: Tensor, new: NewTokens) -> Tensor | None:
-        """None: there is no such kernel for this machine, this layer or this number of rows."""
-        plain = spec.window is None and spec.soft_cap is None and spec.sinks is None
-        slower = "attention of few rows from qkv runs on another kernel"
-        if not plain or not runs_gluon(qkv.device, slower, "paged_attention_slices_gluon"):
-            return None
+    def _attend_slices(
+        self, layer: int, spec: AttentionLayerSpec, qkv: Tensor, out: Tensor, new: NewTokens | None
+    ) -> bool:
+        """The attention of the first rows, into `out`. new: None: of q, beside prefill. False: there is no such kernel
+        for this machine, this layer or this number of rows."""
+        if not self._has_slices(spec):
+            return False
         from nanoengine.kernels import paged_attention_slices_gluon as by_gluon
 
-        inputs, (k_cache, v_cache) = self._inputs, self._kv[layer]
+        inputs, (k_cache, v_cache), rows = self._inputs, self._kv[layer], len(out)
         assert inputs is not None
         planner = self._slices_planner(spec.num_heads)
-        config = planner.config(len(qkv))
+        config = planner.config(rows)
         if config is None or not by_gluon.takes(qkv, k_cache, spec.num_heads // spec.num_kv_heads):
-            return None
-        out = torch.empty(len(qkv), spec.num_heads, spec.head_size, dtype=qkv.dtype, device=qkv.device)
+            return False
+        if new is None and (config.splits > 1 or qkv.stride()[1:] != (spec.head_size, 1)):
+            return False
         by_gluon.attend_slices(
-            qkv, k_cache, v_cache, out, inputs.block_tables, inputs.seq_lens, new, scale=spec.scale, config=config,
-            scratch=planner.scratch,
+            qkv, k_cache, v_cache, out, inputs.block_tables[:rows], inputs.seq_lens[:rows], new, scale=spec.scale,
+            config=config, scratch=planner.scratch,
         )  # fmt: skip
-        return out
+        return True
+
+    def _has_slices(self, spec: AttentionLayerSpec) -> bool:
+        plain = spec.window is None and spec.soft_cap is None and spec.sinks is None and self._scales is None
+        slower = "attention of decode rows runs on another kernel"
+        return plain and runs_gluon(self.device, slower, "paged_attention_slices_gluon")
 
     def _slices_planner(self, num_heads: int) -> SlicesPlanner:
         """As `_planner`."""

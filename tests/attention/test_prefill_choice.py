@@ -54,4 +54,4 @@ def test_prompts_beside_decode_rows(decodes: int, dtype: torch.dtype, monkeypatc
     on = replace(case.kv_spec, kernels=KernelChoice.of({"attention_prefill_gluon": True}))
     monkeypatch.setattr(Case, "kv_spec", on)
     assert error(case, TritonPaged) < TOLERANCE[dtype]
-    assert (case.inputs().positions.numel() in launched) is (decodes == 0)
+    assert case.inputs().positions.numel() in launched

@@ -17,6 +17,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime import driver
 
 from nanoengine.kernels.gluon import multiprocessors, runs_gluon
 from nanoengine.kernels.paged_attention_decode_triton import LOG2E, Scales, blocks_of, capped, rows_of, scaled
@@ -210,7 +211,7 @@ def _shared_memory(device: torch.device) -> int:
     """Bytes a program may have; a Hopper GPU's in the interpreter."""
     if device.type != "cuda":
         return 232_448
-    properties = triton.runtime.driver.active.utils.get_device_properties(device.index or 0)
+    properties = driver.active.utils.get_device_properties(device.index or 0)
     return int(properties["max_shared_mem"])
 
 

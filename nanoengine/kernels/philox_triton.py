@@ -11,11 +11,12 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton import knobs
 from triton.language.extra import libdevice
 
 from nanoengine.kernels import philox
 
-NATIVE: bool = not triton.knobs.runtime.interpret
+NATIVE: bool = not knobs.runtime.interpret
 """Compiled, not interpreted: the device's own log1p, log and exp are there, which are those of torch."""
 
 _M0, _M1 = tl.constexpr(philox._M0), tl.constexpr(philox._M1)

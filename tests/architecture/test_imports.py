@@ -136,3 +136,17 @@ def test_no_torch_until_a_model_is_wanted(statement: str) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def parts_of_triton(tree: ast.AST) -> set[str]:
+    """Modules of Triton that are taken from the package by name, and not imported."""
+    names = (each for each in ast.walk(tree) if isinstance(each, ast.Attribute) and isinstance(each.value, ast.Name))
+    parts = ("knobs", "runtime", "compiler", "language", "backends", "tools", "testing")
+    return {each.attr for each in names if each.value.id == "triton" and each.attr in parts}
+
+
+def test_what_is_used_of_triton_is_imported() -> None:
+    """The package lacks a part by its name where its first import failed, on a thread, and another one did not: Python
+    then has the part already. Seen as "module 'triton' has no attribute 'knobs'" in a start."""
+    assert {each.module: found for each in sources() if (found := parts_of_triton(each.tree))} == {}
+    assert parts_of_triton(ast.parse("print(triton.knobs.cache.dir)")) == {"knobs"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
+import triton_interpreter
 from paged_case import Case
 from test_kv_dtypes import TOLERANCE, error, needs_triton
 
@@ -16,7 +18,14 @@ from nanoengine.kernels import paged_attention_prefill_triton as by_triton
 from nanoengine.kernels.choice import KERNELS, KernelChoice
 from nanoengine.plugins.attention_backends.triton_paged import TritonPaged
 
+triton_interpreter.import_kernels()
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(autouse=True)
+def _interpreted() -> Iterator[None]:
+    with triton_interpreter.interpreted():
+        yield
 
 
 @needs_triton

@@ -65,14 +65,15 @@ def notes_path(plan: EnginePlan, device: torch.device) -> Path | None:
     """
     if device.type != "cuda" or not plan.options.reuse_profile or importlib.util.find_spec("triton") is None:
         return None
-    import triton
+    from triton import __version__ as triton_version
+    from triton import knobs
 
     gpu = torch.cuda.get_device_properties(device)
     if plan.options.load_format == "dummy":  # else the files decide how weights are stored
         plan = replace(plan, model_path="")
-    parts: list[object] = [__version__, torch.__version__, triton.__version__, gpu.name, gpu.total_memory, plan]
+    parts: list[object] = [__version__, torch.__version__, triton_version, gpu.name, gpu.total_memory, plan]
     parts += [(str(path), *_changed(path)) for path in sorted(_PACKAGE.rglob("*.py"))]
-    return Path(triton.knobs.cache.dir) / f"nanoengine-{hashlib.sha256(repr(parts).encode()).hexdigest()[:32]}.json"
+    return Path(knobs.cache.dir) / f"nanoengine-{hashlib.sha256(repr(parts).encode()).hexdigest()[:32]}.json"
 
 
 def _changed(path: Path) -> tuple[int, int]:

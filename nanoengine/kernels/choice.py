@@ -22,7 +22,7 @@ KERNELS: Mapping[KernelName, bool] = {
     "mask_in_scan": True,  # a captured draw masks and checks logits as it first reads them; else kernels in front of it
     "masks_beside": True,  # late masks are copied on a stream of their own; else on that of the steps
     "matvec_streamed": True,  # one row times a large weight by rings of shared memory on Hopper GPUs; else registers
-    "sums_pushed": True,  # few rows are summed over GPUs, and normalised, by writing to the others; else by reading
+    "sums_pushed": False,  # few rows are summed over GPUs, and normalised, by writing to the others; else by reading
 }
 """Whether each is on by default. What reads a name: `KernelChoice.has`."""
 

@@ -148,7 +148,7 @@ class EngineOptions:
     step_timeout: float = 60.0
     enforce_eager: bool = False
     graph_mixed_steps: bool = True
-    lazy_graphs: bool = False
+    lazy_graphs: bool = True
     reuse_profile: bool = True
     speculation: Mapping[str, Any] | None = None
     overlap: bool = True

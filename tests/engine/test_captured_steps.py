@@ -369,7 +369,8 @@ def test_masks_that_come_late_and_the_draw_behind_them(
     monkeypatch.setattr(starter, "capture_sizes", lambda *_, **__: sizes)
     assert late_wanted[0] == chained(ASKED[0], 6)
     assert late_wanted[3] == "nothing_left"
-    found, stats = late_outputs(tmp_path, kernels={} if on else {"mask_in_scan": False, "masks_beside": False})
+    kernels = {} if on else {"mask_in_scan": False, "masks_beside": False}
+    found, stats = late_outputs(tmp_path, lazy_graphs=False, kernels=kernels)
     assert found == late_wanted
     assert dry == dict.fromkeys(product((4, 12), range(3)), 3)  # without a mask, and behind one
     assert (set(in_scan), beside) == ({on}, [on])
@@ -555,7 +556,8 @@ def test_padding_of_captured_steps_goes_to_no_expert(
     (tmp_path / "config.json").write_text(json.dumps(MOE))
     asked = [[1 + token % 60 for token in prompt] for prompt in ASKED[:5]]
     options = {"max_num_seqs": 4, "max_num_batched_tokens": 36, "max_model_len": 40, "num_gpu_blocks_override": 64}
-    with LLM(tmp_path, attention="triton", load_format="dummy", enable_prefix_caching=False, **options) as llm:
+    given: dict[str, Any] = {"load_format": "dummy", "enable_prefix_caching": False, "lazy_graphs": False, **options}
+    with LLM(tmp_path, attention="triton", **given) as llm:
         llm.model.model.embed_tokens.weight.data[0] = float("nan")
         llm.model.lm_head.weight.data[0] = 0.0  # never the highest
         ops.seen.clear()  # of the captures

@@ -14,7 +14,7 @@ KERNELS: Mapping[KernelName, bool] = {
     "attention_codes": True,  # K and V in eight bits by wgmma on Hopper GPUs; else by the decode kernel in Triton
     "attention_prefill_gluon": True,  # prompts by warps with roles on Hopper GPUs; else by the kernel in Triton
     "attention_slices": True,  # decode from qkv by a softmax over many keys at once on Hopper GPUs; else tile by tile
-    "attention_slices_beside": False,  # and decode beside prompts, from q
+    "attention_slices_beside": True,  # and decode beside prompts, from q
     # one row is quantised by its product with FP8 weights; else by a kernel in front, which was faster on an H200
     "eight_bit_streamed": False,
     "int4_gluon": True,  # products of four bits by kernels for Hopper GPUs in Gluon; else by those in Triton

@@ -19,6 +19,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from triton_interpreter_speed import hasten
 
 import nanoengine.kernels
 
@@ -45,7 +46,9 @@ def import_triton() -> None:
     if INSTALLED:
         with interpreted():
             importlib.import_module("triton")
-        _remember_members(importlib.import_module("triton.runtime.interpreter"))
+        interpreter = importlib.import_module("triton.runtime.interpreter")
+        _remember_members(interpreter)
+        hasten(interpreter)
 
 
 def _remember_members(interpreter: Any) -> None:

@@ -1,6 +1,7 @@
 """Compiles kernels for compute capability 9.0 on any machine, for sizes of Qwen3-30B-A3B in bfloat16 (attention for
 those of Qwen3-0.6B too), and prints what came out as JSON: registers, spilled bytes, shared memory, and instructions by
-name. Triton must not be interpreting."""
+name. Triton must not be interpreting. --all: every number of rows, heads and stages; without it, half of those of a
+kernel, in which each of its tiles, products and branches is."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -70,12 +72,10 @@ def compiled(
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(made.asm["cubin"])
         file.flush()
-        usage, code = (
-            subprocess.run([TOOL, option, file.name], capture_output=True, text=True, check=True).stdout
-            for option in ("-res-usage", "-sass")
-        )
-    numbers = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
-    found = Counter(re.findall(r"\b(LDG\.E[.\w]*|LDGSTS[.\w]*|[HQI]GMMA|UTMALDG)\b", code))
+        command = [TOOL, "-res-usage", "-sass", file.name]
+        told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    numbers = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", told)}
+    found = Counter(re.findall(r"\b(LDG\.E[.\w]*|LDGSTS[.\w]*|[HQI]GMMA|UTMALDG)\b", told))
     in_front = made.asm["ttgir"].partition("scf.for")[0]
     early = {"copies": in_front.count("ttg.async_copy_global"), "waits": in_front.count("griddepcontrol.wait")}
     return {"shared": made.metadata.shared, "instructions": found, "in_front": early, **numbers}
@@ -126,7 +126,7 @@ def sort(block: int, warps: int) -> dict[str, Any]:
     return compiled(grouped._sort_kernel, given, constants, warps)
 
 
-def product(rows: int, *, gated: bool) -> dict[str, Any]:
+def grouped_product(rows: int, *, gated: bool) -> dict[str, Any]:
     tiles = grouped.grouped_tiles(rows * TOP_K, EXPERTS, 2)
     tile = tiles.gate_up if gated else tiles.down
     n, k = (INNER, HIDDEN) if gated else (HIDDEN, INNER)
@@ -356,21 +356,22 @@ def int4(rows: int, n: int, k: int) -> dict[str, Any]:
 
 
 def main() -> None:
+    every = "--all" in sys.argv
     found = {"route": route(), "norm_router": norm_router(), "few gate_up": few_gate_up(), "few down": few_down(),
              "sort": sort(512, 4), "sort of a large prefill": sort(8192, 32)}  # fmt: skip
     for rows in (64, 2048):
-        found[f"grouped gate_up x{rows}"] = product(rows, gated=True)
-        found[f"grouped down x{rows}"] = product(rows, gated=False)
+        found[f"grouped gate_up x{rows}"] = grouped_product(rows, gated=True)
+        found[f"grouped down x{rows}"] = grouped_product(rows, gated=False)
     for rows, queries, heads, kv_heads in (
         (1, 5, 16, 8),
         (64, 5, 16, 8),
-        (64, 16, 16, 8),
-        (64, 5, 32, 4),
         (64, 16, 32, 4),
+        *((64, 16, 16, 8), (64, 5, 32, 4)) * every,
     ):
         found[f"drafts {rows} x {queries}, {heads} heads"] = drafts(rows, queries, heads, kv_heads)
-    for rows in (64, 128, 256, 512):
-        for name, n, k in (("qkv", 4096, 1024), ("o", 1024, 2048), ("gate_up", 3072, 1024), ("down", 1024, 3072)):
+    sizes = (("qkv", 4096, 1024), ("o", 1024, 2048), ("gate_up", 3072, 1024), ("down", 1024, 3072))
+    for (i, rows), (j, (name, n, k)) in product(enumerate((64, 128, 256, 512)), enumerate(sizes)):
+        if every or (i + j) % 2:  # widest products of 512 rows, sums of 64
             found[f"layer {name} x{rows}"] = layer_product(rows, n, k, gated=name == "gate_up")
     for rows in (704, 1088):
         found[f"layer gate_up x{rows}"] = layer_product(rows, 3072, 1024, gated=True)
@@ -388,11 +389,11 @@ def main() -> None:
         (16, "int8", "plain"),
     ):
         found[f"eight-bit {dtype} x{rows}, {inputs}"] = eight_bit_tile(rows, dtype, inputs)
-    for stages, longest in ((1, 4096), (2, 40960)):
+    for stages, longest in ((1, 4096), *((2, 40960),) * every):
         found[f"from qkv, {stages} stages"] = from_qkv(longest)
-    for kind, group in (("fp8", 2), ("fp8", 8), ("int8", 2)):
+    for kind, group in (("fp8", 2), ("int8", 2), *(("fp8", 8),) * every):
         found[f"codes {kind}, {group} heads"] = codes(kind, group)
-    for rows in (1, 8, 16, 256):
+    for rows in (1, 256, *(8, 16) * every):
         config = slices_config(rows, 8, 2, 132)
         assert config is not None
         found[f"slices x{rows}"] = slices(config, 2)

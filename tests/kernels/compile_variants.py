@@ -111,7 +111,7 @@ def int4_for_hopper(every: bool) -> Iterator[Launch]:
     for rows, zeros, tiled in cases if every else some:
         few = int4_tiles_triton.product if tiled and rows == 1 else int4_few_gluon.product
         made = few if rows <= 8 else int4_many_gluon.product
-        for n, k, gate in ((2 * INNER, HIDDEN, "silu"), (HIDDEN, INNER, None)):
+        for n, k, gate in either(int(tiled), every or rows == 256):
             zero = rand(n, k // 128, dtype=torch.uint8) if zeros else None
             w = Int4Weight(rand(n, k // 2, dtype=torch.uint8), rand(n, k // 128, dtype=torch.float16), zero, 128, tiled)
             around: dict[str, Any] = {"gate": gate} if gate else {"add": rand(rows, n), "next_norm": rand(n)}
@@ -124,7 +124,8 @@ def gguf(every: bool) -> Iterator[Launch]:
     from nanoengine.kernels import gguf_triton
     from nanoengine.kernels.gguf import BLOCK_TYPES
 
-    for kind, rows in product(BLOCK_TYPES if every else ("Q4_K", "Q8_0"), (1, 16, 64) if every else (1, 64)):
+    some = (("Q4_K", 1), ("Q4_K", 64), ("Q8_0", 1))
+    for kind, rows in product(BLOCK_TYPES, (1, 16, 64)) if every else some:
         planes = rand(2 * INNER, BLOCK_TYPES[kind].row_bytes(HIDDEN), dtype=torch.uint8)
         x, name = rand(rows, HIDDEN), f"gguf {kind} x{rows}"
         yield name, partial(gguf_triton.gguf_norm_linear, x, x, rand(HIDDEN), 1e-6, planes, kind, gate="silu")
@@ -140,7 +141,7 @@ def fragments(every: bool) -> Iterator[Launch]:
     from nanoengine.kernels.gguf_fragments_triton import few
     from nanoengine.kernels.matmul import Scaled
 
-    for kind, rows in product(FRAGMENTS if every else ("Q4_K", "Q6_K"), (1, 8, 16) if every else (1, 16)):
+    for kind, rows in product(FRAGMENTS, (1, 8, 16)) if every else (("Q4_K", 16), ("Q6_K", 1)):
         name, size = f"fragments {kind} x{rows}", 16 * FRAGMENTS[kind].row_bytes
         up, down = (rand(n // 16, k // 256, size, dtype=torch.uint8) for n, k in ((2 * INNER, HIDDEN), (HIDDEN, INNER)))
         if kind != "Q6_K" or every:
@@ -160,7 +161,7 @@ def caches(every: bool) -> Iterator[Launch]:
     from nanoengine.kernels.rope_triton import qk_norm_rope_store
 
     heads, kv_heads, size, block = 32, 8, 128, 16
-    for kind, rows in product(KV_DTYPES, (1, 8, 64, 256) if every else (1, 256)):
+    for kind, rows in product(KV_DTYPES, (1, 8, 64, 256)) if every else zip(KV_DTYPES, (1, 256), strict=True):
         cache = rand(64, kv_heads, block, size, dtype=KV_DTYPES[kind])
         scales = (rand(64, kv_heads, block, dtype=torch.float32), rand(64, kv_heads, block, dtype=torch.float32))
         tables, lens = rand(rows, 16, dtype=torch.int32), rand(rows, dtype=torch.int32)
@@ -204,8 +205,8 @@ def prompts(every: bool) -> Iterator[Launch]:
     from nanoengine.kernels import paged_attention_prefill_gluon as by_gluon
 
     few, many = (by_gluon.warps_config(tokens, 2, 8, 132) for tokens in (256, 8192))
-    cases = [(few, 16, 2), (many, 256, 1)]
-    for config, block, group in product((few, many), (16, 64, 256), (1, 2, 8)) if every else cases:
+    cases = product((few, many), (16, 64, 256), (1, 2, 8)) if every else [(few, 256, 1)]  # others: compile_for_hopper
+    for config, block, group in cases:
         assert config is not None
         q, cache = rand(100, 8 * group, 128), rand(64, 8, block, 128)
         tables, lens, starts = rand(3, 16, dtype=torch.int32), rand(3, dtype=torch.int32), rand(4, dtype=torch.int32)

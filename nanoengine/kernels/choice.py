@@ -8,7 +8,7 @@ from typing import Literal
 
 KernelName = Literal[
     "attention_codes", "attention_prefill_gluon", "attention_slices", "attention_slices_beside", "eight_bit_streamed",
-    "int4_gluon", "int4_tiles", "mask_in_scan", "masks_beside", "matvec_streamed", "sums_pushed",
+    "int4_gluon", "int4_tiles", "mask_in_scan", "masks_beside", "matvec_streamed", "products_wide", "sums_pushed",
 ]  # fmt: skip
 KERNELS: Mapping[KernelName, bool] = {
     "attention_codes": True,  # K and V in eight bits by wgmma on Hopper GPUs; else by the decode kernel in Triton
@@ -22,6 +22,7 @@ KERNELS: Mapping[KernelName, bool] = {
     "mask_in_scan": True,  # a captured draw masks and checks logits as it first reads them; else kernels in front of it
     "masks_beside": True,  # late masks are copied on a stream of their own; else on that of the steps
     "matvec_streamed": True,  # one row times a large weight by rings of shared memory on Hopper GPUs; else registers
+    "products_wide": False,  # some products with a gate in tiles of 96 outputs on Hopper GPUs: `matmul.takes_wide`
     "sums_pushed": False,  # few rows are summed over GPUs, and normalised, by writing to the others; else by reading
 }
 """Whether each is on by default. What reads a name: `KernelChoice.has`."""

@@ -21,6 +21,7 @@ _WAVE_ROWS = 512  # tiles of up to so many rows are one wave of programs
 _SHORT = 1024  # of outputs or of K, as in Qwen3-0.6B
 _MAX_WEIGHTS = 8 << 20
 MOST_SPLITS = 4
+WIDE_ROWS, WIDE_OUTPUTS = 256, 96  # of `matmul_wide_gluon`
 _SHARED_BYTES = 200 << 10  # of 227 KiB that a program may have
 
 
@@ -146,6 +147,25 @@ def _tile_of_many(rows: int, outputs: int, k: int, *, gated: bool) -> MatmulTile
     if rows <= _WAVE_ROWS:
         return _deepest(64, 64, 128 if k > 2 * _SHORT else 64)
     return MatmulTile(128, 64, 64, warps=8, stages=8, gluon=True) if 576 < rows <= 832 and k > 2 * _SHORT else None
+
+
+def takes_wide(rows: int, outputs: int, k: int, itemsize: int, multiprocessors: int) -> bool:
+    """Whether `matmul_wide_gluon` makes a product with a gate: where its tiles are one wave that leaves few
+    multiprocessors without work, of as many rows as were measured.
+
+    Microseconds of gate and up (one H200, 2026-11-30). Of Qwen3-8B, 256 rows: 70.1, and by cuBLAS and a launch for the
+    gate 75.8. Of Qwen3-0.6B, and by the kernels above:
+
+        rows                512    640    768   1024   1280   1792
+        this               18.4   19.4   19.7   20.9   37.5   40.1
+        others             13.8   17.8   24.5   22.6   26.1   37.9
+    """
+    if itemsize != 2 or outputs % WIDE_OUTPUTS or k % 64 or k < 256:
+        return False
+    tiles = outputs // WIDE_OUTPUTS * -(-rows // WIDE_ROWS)
+    if min(outputs, k) <= _SHORT:
+        return 704 < rows <= 4 * WIDE_ROWS and 0.7 * multiprocessors <= tiles <= multiprocessors
+    return 192 < rows <= WIDE_ROWS and 0.9 * multiprocessors <= tiles <= multiprocessors
 
 
 def _deepest(block_m: int, block_n: int, block_k: int, *, gated: bool = False, splits: int = 1) -> MatmulTile:

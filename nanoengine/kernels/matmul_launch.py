@@ -11,7 +11,7 @@ from torch import Tensor
 from nanoengine.kernels import matmul_triton
 from nanoengine.kernels.activation import Activation
 from nanoengine.kernels.gluon import is_hopper, multiprocessors, runs_gluon
-from nanoengine.kernels.matmul import MOST_SPLITS, MatmulTile, Scaled, matmul_tile
+from nanoengine.kernels.matmul import MOST_SPLITS, MatmulTile, Scaled, matmul_tile, takes_wide
 
 _MOST_TILES = 256  # that wait for each other
 _MEASURED_WITHOUT = 192  # rows; beyond, `matmul_triton` with a gate is faster than cuBLAS and a launch for the gate
@@ -20,7 +20,9 @@ _MEASURED_WITHOUT = 192  # rows; beyond, `matmul_triton` with a gate is faster t
 class Products:
     """Products by `matmul_triton` and `matmul_gluon`, on GPUs of compute capability 9.0, where they were measured."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, wide: bool = True) -> None:
+        """wide: also those with a gate by large weights, by `matmul_wide_gluon`."""
+        self._wide = wide
         self._tickets: Tensor | None = None  # [parts of K, tiles]
 
     def takes(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, gate: Activation | None = None) -> bool:
@@ -30,6 +32,19 @@ class Products:
         if bias is not None or x.dim() != 2 or _tile(x, weight, gate) is None:
             return False
         return (not x.is_cuda or is_hopper(x.device)) and matmul_triton.takes(x, weight)
+
+    def gates(self, x: Tensor, weight: Tensor, bias: Tensor | None, gate: Activation | None) -> bool:
+        """Whether to call `gated`."""
+        if not self._wide or bias is not None or gate != "silu" or x.dim() != 2 or not matmul_triton.takes(x, weight):
+            return False
+        sizes = takes_wide(len(x), len(weight) // 2, weight.shape[1], x.element_size(), multiprocessors(x.device))
+        return sizes and runs_gluon(x.device, "a product with a gate is cuBLAS's", "matmul_wide_gluon")
+
+    def gated(self, x: Tensor, weight: Tensor) -> Tensor:
+        """`activation.act_and_mul` of the product."""
+        from nanoengine.kernels import matmul_wide_gluon
+
+        return matmul_wide_gluon.gated(x, weight)
 
     def __call__(
         self, x: Tensor | Scaled, weight: Tensor, *, gate: Activation | None = None, **around: Any

@@ -205,7 +205,7 @@ class TritonOps(Ops):
         self._route, self._experts = route_triton, experts_triton
         self._make_tickets = tickets_on
         self._tickets: Tensor | None = None
-        self._products = matmul_launch.Products() if products else None
+        self._products = matmul_launch.Products(wide=kernels.has("products_wide")) if products else None
         self.prepares_norms = products
         self._ahead = Ahead()
         self._normed: tuple[Tensor, Tensor, Tensor] | None = None  # of `keep_normed`
@@ -265,6 +265,9 @@ class TritonOps(Ops):
         known, self._normed = self._normed, None
         if known is not None and residual is None and known[0] is x and known[1] is norm_weight:
             return self._gated(known[2], weight, bias, gate), x
+        if scaled is None and self._products is not None and self._products.gates(x, weight, bias, gate):
+            normed, total = self.add_rms_norm(x, residual, norm_weight, eps)
+            return self._products.gated(normed, weight), total
         if self._products is not None and self._products.takes(x, weight, bias, gate):
             if scaled is not None:
                 return self._products(scaled, weight, eps=eps, gate=gate)[0], x
@@ -287,6 +290,8 @@ class TritonOps(Ops):
         return super().norm_linear(x, residual, norm_weight, eps, weight, bias, gate=gate)
 
     def _gated(self, x: Tensor, weight: Tensor, bias: Tensor | None, gate: Activation | None) -> Tensor:
+        if self._products is not None and self._products.gates(x, weight, bias, gate):
+            return self._products.gated(x, weight)
         if gate and self._products is not None and self._products.takes(x, weight, bias, gate):
             return self._products(x, weight, gate=gate)[0]
         if gate and self._few(x, weight):

@@ -29,6 +29,7 @@ from nanoengine.kernels import (
     int4_triton,
     matmul_gluon,
     matmul_triton,
+    matmul_wide_gluon,
     matvec_streamed_triton,
     paged_attention_codes_gluon,
     paged_attention_decode_triton,
@@ -246,6 +247,17 @@ def layer_product(rows: int, outputs: int, k: int, *, gated: bool) -> dict[str, 
     return compiled(module._matmul_kernel, given, constants, tile.warps)
 
 
+def wide_product() -> dict[str, Any]:
+    """Qwen3-8B's gate and up, of 256 rows."""
+    wide = matmul_wide_gluon
+    given = {
+        "x_desc": f"tensordesc<bf16[{wide.ROWS}, {wide.K}],{wide.TILES!r}>",
+        "w_desc": f"tensordesc<bf16[{wide.OUTPUTS // 8}, 2, 8, {wide.K}],{wide.BOXES!r}>",
+        "y_desc": f"tensordesc<bf16[{wide.ROWS}, {wide.OUTPUTS}],{wide.LINES!r}>",
+    }
+    return compiled(wide._gated_kernel, given, {"STEPS": 4096 // wide.K})
+
+
 _CODES = {"fp8": "fp8e4nv", "int8": "i8"}
 
 
@@ -373,6 +385,7 @@ def main() -> None:
     for (i, rows), (j, (name, n, k)) in product(enumerate((64, 128, 256, 512)), enumerate(sizes)):
         if every or (i + j) % 2:  # widest products of 512 rows, sums of 64
             found[f"layer {name} x{rows}"] = layer_product(rows, n, k, gated=name == "gate_up")
+    found["wide gate_up x256"] = wide_product()
     for rows in (704, 1088):
         found[f"layer gate_up x{rows}"] = layer_product(rows, 3072, 1024, gated=True)
     found["layer down x704"] = layer_product(704, 1024, 3072, gated=False)

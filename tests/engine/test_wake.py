@@ -54,7 +54,34 @@ def test_the_context_of_the_engine_s_gpu_is_made(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize("broken", [None, SimpleNamespace()], ids=["not installed", "another version"])
 def test_a_triton_that_cannot_name_itself_is_left_alone(monkeypatch: pytest.MonkeyPatch, broken: Any) -> None:
     monkeypatch.setitem(sys.modules, "triton.runtime.cache", broken)
-    wake._name_compiler()
+    assert wake._key_function() is None
+
+
+def test_the_thread_imports_nothing() -> None:
+    """Two threads that import Triton at once get halves of it. torch is not imported for that."""
+    program = """
+import ctypes, sys, threading
+from nanoengine.params.engine_options import EngineOptions
+from nanoengine.setup.start import wake
+
+class Driver:
+    cuInit = cuDeviceGet = cuDevicePrimaryCtxRetain = lambda self, *given: 0
+
+ctypes.CDLL, start, before = lambda name: Driver(), threading.Thread.start, set()
+
+def noted(thread):
+    before.update(sys.modules)
+    start(thread)
+
+threading.Thread.start = noted
+wake.wake_gpu(EngineOptions()).join()
+assert "triton" in before and "torch" not in before
+print(sorted(set(sys.modules) - before))
+"""
+    pytest.importorskip("triton")
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "[]"
 
 
 @pytest.mark.parametrize("options", [{"device": "cpu"}, {"device": "cuda", "tensor_parallel_size": 2}])
@@ -70,7 +97,8 @@ def test_a_machine_without_a_driver_is_no_error_and_torch_is_not_imported() -> N
     program = (
         "import sys; from nanoengine.setup.start import wake; "
         "from nanoengine.params.engine_options import EngineOptions; "
-        "wake._DRIVER = 'libnone.so'; wake.wake_gpu(EngineOptions()).join(); assert 'torch' not in sys.modules"
+        "wake._DRIVER = 'libnone.so'; assert wake.wake_gpu(EngineOptions()) is None; "
+        "assert not {'torch', 'triton'} & sys.modules.keys()"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

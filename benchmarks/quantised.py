@@ -2,7 +2,7 @@
 
     python benchmarks/quantised.py [--only bf16 fp8 int4 q4_k] [--shape qwen3-8b] [--passes 2] [--out FILE]
     python benchmarks/quantised.py --shape qwen3-0.6b --only bf16 kv-fp8 kv-int8 --workload d256
-    python benchmarks/quantised.py --only bf16 fp8 fp8+eight_bit_streamed kv-fp8~attention_codes
+    python benchmarks/quantised.py --only bf16 fp8 fp8~eight_bit_streamed kv-fp8~attention_codes
     python benchmarks/quantised.py --check                        # on a CPU, small
 
 All in one process, one engine after the other, random weights of a shape; the output layer and the embedding stay in
@@ -66,7 +66,7 @@ class Row:
 
 
 def options_of(case: str) -> dict[str, Any]:
-    """Of "fp8+eight_bit_streamed": `quantization` and `kernels`. Raises `argparse.ArgumentTypeError`."""
+    """Of "fp8~eight_bit_streamed": `quantization` and `kernels`. Raises `argparse.ArgumentTypeError`."""
     name, *changes = re.split(r"(?=[+~])", case)
     if name not in OPTIONS:
         raise argparse.ArgumentTypeError(f"no case is called {name!r}; there are {', '.join(OPTIONS)}")

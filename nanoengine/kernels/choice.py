@@ -15,8 +15,8 @@ KERNELS: Mapping[KernelName, bool] = {
     "attention_prefill_gluon": True,  # prompts by warps with roles on Hopper GPUs; else by the kernel in Triton
     "attention_slices": True,  # decode from qkv by a softmax over many keys at once on Hopper GPUs; else tile by tile
     "attention_slices_beside": True,  # and decode beside prompts, from q
-    # one row is quantised by its product with FP8 weights; else by a kernel in front, which was faster on an H200
-    "eight_bit_streamed": False,
+    # one row times a large FP8 weight by rings of shared memory, and quantised there; else by a kernel in front
+    "eight_bit_streamed": True,
     "int4_gluon": True,  # products of four bits by kernels for Hopper GPUs in Gluon; else by those in Triton
     "int4_tiles": False,  # codes lie in tiles, as tensor cores take them for one row; else row by row
     "mask_in_scan": True,  # a captured draw masks and checks logits as it first reads them; else kernels in front of it

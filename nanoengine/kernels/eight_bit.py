@@ -32,7 +32,7 @@ class EightBit:
         inputs: "plain": x is not quantised. Otherwise x is quantised to the weight's dtype, with a scale for each
             token, for each `columns` inputs of a token ("group"), or with `input_scale` ("tensor").
         input_scale: float32 [1]. bound: float32 [1]; with "token": what is larger does not count for the scale.
-        streamed: on a GPU products of few rows are those of `eight_bit_streamed_triton`, where it takes them.
+        streamed: on a GPU products of one row are those of `eight_bit_streamed_triton`, where it takes them.
     """
 
     weight: Tensor

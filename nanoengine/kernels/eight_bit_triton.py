@@ -1,6 +1,6 @@
 """Products with weights of eight bits on a GPU, each weight read once at few rows. The route depends on rows and kind:
 
-- one row of FP8, where `engine.kernels` has it on: `eight_bit_streamed_triton`, which does all in one launch;
+- one row of a large FP8 weight, on Hopper GPUs: `eight_bit_streamed_triton`, which does all in one launch;
 - one or two rows that have no single scale: `eight_bit_gemv_triton`, which normalises and quantises x itself;
 - many rows of FP8 with one scale an output: `torch._scaled_mm`, whose result is rounded before what follows it;
 - all else: tiles by tensor cores (`eight_bit_tile_triton`), x quantised in front (`quantise_triton`, with the norm).
@@ -37,7 +37,7 @@ def product(
 ) -> Tensor:
     """As `eight_bit.product`."""
     if takes_streamed(w, len(x)):
-        return streamed(w, x, bias, gate=gate, add=add, out=out)[0]
+        return streamed(w, x, bias, gate=gate, add=add, out=out)
     if takes_gemv(w, len(x)):
         return gemv(w, x, bias, gate=gate, add=add, out=out)[0]
     if w.inputs == "plain":
@@ -64,8 +64,8 @@ def norm_product(
     gate: Activation | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As `eight_bit.norm_product`."""
-    if takes_streamed(w, len(x)):
-        return streamed(w, x, bias, residual=residual, norm_weight=norm_weight, eps=eps, gate=gate)
+    if residual is None and takes_streamed(w, len(x)):
+        return streamed(w, x, bias, norm_weight=norm_weight, eps=eps, gate=gate), x
     if len(x) == 1 and takes_gemv(w, len(x)):
         return gemv(w, x, bias, residual=residual, norm_weight=norm_weight, eps=eps, gate=gate)
     if w.inputs == "plain" or takes_gemv(w, len(x)):

@@ -279,20 +279,19 @@ def eight_bit_gemv(inputs: str, *, gated: bool) -> dict[str, Any]:
     return compiled(eight_bit_gemv_triton._gemv_kernel, given, constants, tile.warps)
 
 
-def eight_bit_streamed(*, gated: bool) -> dict[str, Any]:
-    """One row of Qwen3-8B's norm, gate and up, or of what down adds to the stream."""
-    n, k = (12288, 4096) if gated else (4096, 12288)
-    given = kinds(bf16="x residual norm_weight bias add y total", fp32="input_scale bound scale", fp8e4nv="weight")
-    given |= {"x_stride": "stride", "residual_stride": "stride", "add_stride": "stride", "eps": "fp32"}
-    tile = eight_bit_streamed_triton.streamed_tile(n, k, gated=gated)
+def eight_bit_streamed(n: int, k: int, *, gated: bool, norm: bool) -> dict[str, Any]:
+    """One row of Qwen3-8B's products with FP8 weights."""
+    tile = eight_bit_streamed_triton.tile_of(n, k, gated=gated)
+    given = kinds(bf16="x norm_weight bias add y", fp32="input_scale bound scale", fp8e4nv="weight")
     constants = {
-        "T": 1, "N": n, "K": k, "PAIRS": tile.pairs, "STEPS": tile.steps, "CHUNKS": tile.chunks, "GROUP": 0,
-        "SCALE_ROWS": 1, "SCALE_COLUMNS": 1, "INPUTS": "token", "HAS_BOUND": False, "CAST": True,
-        "GATED": gated, "ACTIVATION": "silu" if gated else None, "NORM": gated, "HAS_RESIDUAL": gated,
-        "HAS_BIAS": False, "HAS_ADD": not gated, "WARPS": tile.warps, "ASM": eight_bit_streamed_triton.assembly(),
-        "PDL": True,
+        **eight_bit_streamed_triton.constants(tile, n, k, gated=gated), "SCALE_ROWS": 1, "INPUTS": "token",
+        "HAS_BOUND": False, "CAST": True, "GATED": gated, "ACTIVATION": "silu" if gated else None, "NORM": norm,
+        "HAS_BIAS": False, "HAS_ADD": not norm, "ASM": eight_bit_streamed_triton.assembly(), "PDL": True,
     }  # fmt: skip
-    return compiled(eight_bit_streamed_triton._streamed_kernel, given, constants, tile.warps)
+    kernel = eight_bit_streamed_triton._streamed_kernel
+    found = compiled(kernel, {**given, "eps": "fp32"}, constants, tile.warps, tile.registers)
+    copy = constants["ROWS"] * constants["PIECE"]
+    return {**found, "threads": 32 * tile.warps, "ring": found["in_front"]["copies"] * copy}
 
 
 def streamed(n: int, k: int, *, gated: bool, norm: bool) -> dict[str, Any]:
@@ -392,8 +391,8 @@ def main() -> None:
     for name, n, k in (("qkv", 6144, 4096), ("o", 4096, 4096), ("gate_up", 12288, 4096), ("down", 4096, 12288)):
         norm = name in ("qkv", "gate_up")
         found[f"streamed {name}"] = streamed(n, k, gated=name == "gate_up", norm=norm)
-    found["eight-bit streamed, gate_up"] = eight_bit_streamed(gated=True)
-    found["eight-bit streamed, down"] = eight_bit_streamed(gated=False)
+        if name != "o":
+            found[f"eight-bit streamed {name}"] = eight_bit_streamed(n, k, gated=name == "gate_up", norm=norm)
     found["eight-bit gemv, group"] = eight_bit_gemv("group", gated=False)
     for rows, dtype, inputs in (
         (16, "fp8", "token"),

@@ -12,11 +12,14 @@ import triton.language as tl
 from triton.runtime.interpreter import TensorHandle
 
 
-def inline_asm_elementwise(asm: Any, constraints: str, args: list[Any], dtype: tuple[Any, ...], **_: Any) -> Any:
-    """Words are uint32, sums float32, one of each a thread: lane = place % 32."""
-    first = constraints.count("=")
-    values = {f"${first + i}": _register(arg.handle.data) for i, arg in enumerate(args)}
+def inline_asm_elementwise(asm: Any, constraints: str, args: list[Any], dtype: Any, *, pack: int = 1, **_: Any) -> Any:
+    """Words are uint32, sums float32, so many of each a thread as are packed: lane = place // pack % 32."""
+    kinds = dtype if isinstance(dtype, tuple) else (dtype,)
+    first, shape = pack * len(kinds), args[0].handle.data.shape
+    given = [_register(arg.handle.data).reshape(-1, pack)[:, i] for arg in args for i in range(pack)]
+    values = {f"${first + i}": each for i, each in enumerate(given)}
     size = len(values[f"${first}"])
+    values["laneid"] = np.arange(size, dtype=np.uint32) % 32
     for line in re.split(r";\s*", getattr(asm, "value", asm).strip("{}")):
         name, *operands = re.findall(r"[\w.$]+", line) or [".reg"]
         if name == ".reg":
@@ -37,10 +40,17 @@ def inline_asm_elementwise(asm: Any, constraints: str, args: list[Any], dtype: t
         else:
             values[to] = {
                 "shr.u32": lambda a, by: a >> by, "shl.b32": lambda a, by: a << by,
-                "mov.b32": lambda a: a, "mov.f32": lambda a: a,
+                "mov.b32": lambda a: a, "mov.f32": lambda a: a, "mov.u32": lambda a: a,
+                "and.b32": lambda a, b: a & b, "add.u32": lambda a, b: a + b, "setp.eq.u32": lambda a, b: a == b,
+                "selp.f32": lambda a, b, wanted: np.where(wanted, a, b),
             }[name](*given)  # fmt: skip
-    made = [tl.tensor(TensorHandle(values[f"${i}"], kind), tl.block_type(kind, [size])) for i, kind in enumerate(dtype)]
-    return tuple(made)
+    made = []
+    for at, kind in enumerate(kinds):
+        data = np.stack([values[f"${pack * at + i}"] for i in range(pack)], -1).reshape(shape)
+        if kind == tl.int32:
+            data = data.astype(np.uint32).view(np.int32)
+        made.append(tl.tensor(TensorHandle(data, kind), tl.block_type(kind, list(shape))))
+    return tuple(made) if isinstance(dtype, tuple) else made[0]
 
 
 def _register(data: Any) -> Any:

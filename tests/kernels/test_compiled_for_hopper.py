@@ -35,7 +35,7 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any
 
 def test_nothing_is_spilled(kernels: dict[str, dict[str, Any]]) -> None:
     """But six words of a kernel that holds 96 registers of weight a thread: measured, it is the fastest."""
-    assert len(kernels) == (65 if EVERY else 51)
+    assert len(kernels) == (66 if EVERY else 52)
     for name, kernel in kernels.items():
         # a rotation by a large angle takes 32 bytes of its own
         assert kernel["STACK"] <= (
@@ -155,14 +155,23 @@ def test_a_multiprocessor_holds_four_programs_of_keys_in_eight_bits(
 
 
 @pytest.mark.parametrize(
-    ("name", "ring", "programs"), [("qkv", 64, 2), ("o", 48, 4), ("gate_up", 96, 2), ("down", 96, 2)]
+    ("name", "ring", "programs"),
+    [
+        ("streamed qkv", 64, 2),
+        ("streamed o", 48, 4),
+        ("streamed gate_up", 96, 2),
+        ("streamed down", 96, 2),
+        ("eight-bit streamed qkv", 64, 2),
+        ("eight-bit streamed gate_up", 48, 4),
+        ("eight-bit streamed down", 96, 2),
+    ],
 )
 def test_rings_of_large_weights_are_filled_before_the_wait(
     kernels: dict[str, dict[str, Any]], name: str, ring: int, programs: int
 ) -> None:
     """KiB of each of the programs that a multiprocessor is to hold, by copies of 16 bytes a thread; beside rings of 96
     the next kernel's find no room."""
-    kernel = kernels[f"streamed {name}"]
+    kernel = kernels[name]
     assert kernel["ring"] == ring << 10
     assert kernel["in_front"]["waits"] == 0
     copies = [op for op in kernel["instructions"] if op.startswith("LDGSTS")]

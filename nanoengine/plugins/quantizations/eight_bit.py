@@ -14,6 +14,7 @@ from nanoengine.kernels import eight_bit
 from nanoengine.kernels.activation import Activation
 from nanoengine.kernels.eight_bit import LEAST, EightBit, Inputs
 from nanoengine.kernels.eight_bit_cpu import EightBitTiles
+from nanoengine.kernels.gluon import is_hopper
 from nanoengine.kernels.ops import CpuOps
 from nanoengine.layers.quantised import divided, one_each, per_output
 
@@ -110,7 +111,8 @@ class EightBitLinear(LinearMethod):
         cuts = [shard.target[0] for shard in shards] if len(shards) > 1 else [slice(0, len(weight))]  # with padding
         parts = [shard.part for shard in shards]
         scale, rows, columns = self._merged(layer, weight, parts, cuts)
-        streamed = layer.ops.kernels.has("eight_bit_streamed")
+        # other GPUs than Hopper have less shared memory
+        streamed = layer.ops.kernels.has("eight_bit_streamed") and (not weight.is_cuda or is_hopper(weight.device))
         whole = EightBit(weight, scale, rows, columns, self.scheme.inputs, streamed=streamed)
         given = [self._of_inputs(layer, part) for part in parts]
         if len({None if each is None else float(each) for each in given}) == 1:

@@ -50,6 +50,7 @@ from nanoengine.setup.start.clock import StartClock, StartReport
 from nanoengine.setup.start.generation import GenerationDefaults, read_generation_defaults
 from nanoengine.setup.start.memory import MemoryReport
 from nanoengine.setup.start.starter import start_runner
+from nanoengine.setup.start.wake import compile_processes
 from nanoengine.text import TemplateProcesses, Tokenizer, load_tokenizer
 
 DEFAULT_STEP_TOKENS: Mapping[str, int] = {"cpu": 32, "cuda": 256}  # with drafts; measured in docs/speculation.md
@@ -208,7 +209,13 @@ def _tokenizer(assembly: Assembly) -> Tokenizer | None:
 
 def _started(executor: InProcessExecutor | WorkersExecutor, assembly: Assembly) -> MemoryReport:
     if isinstance(executor, InProcessExecutor):
-        return executor.start(partial(start_runner, assembly.plan, assembly.loader, SingleRank()))
+        processes = compile_processes()
+        try:
+            make = partial(start_runner, assembly.plan, assembly.loader, SingleRank(), processes=processes)
+            return executor.start(make)
+        finally:
+            if processes is not None:
+                processes.close()
     return executor.start(assembly.plan)
 
 

@@ -15,10 +15,14 @@ from collections.abc import Callable, Hashable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from nanoengine.kernels.cache_keys import make_key
+from nanoengine.kernels.compile_processes import CompileProcesses
 
 _THREADS = 16
 _one = threading.Lock()  # one thread at a time puts its own in the place of Triton's functions
@@ -31,8 +35,9 @@ def is_compiling_ahead() -> bool:
 
 
 @contextmanager
-def compiling_ahead() -> Iterator[None]:
+def compiling_ahead(processes: CompileProcesses | None = None) -> Iterator[None]:
     """No Triton kernel of this thread runs inside; what was met is compiled when it ends. Other threads wait to enter.
+    processes: which compile what they can.
 
     So results inside are those of kernels that did not run: run there only what reads no index from them. A kernel that
     cannot be compiled says so when it is launched.
@@ -46,7 +51,7 @@ def compiling_ahead() -> Iterator[None]:
         launch, tune = JITFunction.run, Autotuner.run
         JITFunction.run, Autotuner.run = _compiled(launch), _untuned(tune)
         try:
-            with _Pool() as pool, triton.AsyncCompileMode(pool, ignore_errors=True):
+            with _Pool(processes) as pool, triton.AsyncCompileMode(pool, ignore_errors=True):
                 yield
         finally:
             JITFunction.run, Autotuner.run = launch, tune
@@ -54,19 +59,44 @@ def compiling_ahead() -> Iterator[None]:
             active_mode.set(None)  # it stays on where its end raises (triton 3.7), as Ctrl-C does there
 
 
+@contextmanager
+def making_keys() -> Iterator[None]:
+    """Launches inside find kernels by the keys that `compiling_ahead` compiled them with."""
+    from triton.runtime import JITFunction
+
+    with _one:
+        launch = JITFunction.run
+
+        def run(kernel: Any, *args: Any, **options: Any) -> Any:
+            make_key(kernel)
+            return launch(kernel, *args, **options)
+
+        JITFunction.run = run
+        try:
+            yield
+        finally:
+            JITFunction.run = launch
+
+
 class _Pool(ThreadPoolExecutor):
     """Threads that compile kernels and make them ready to be launched on the GPU of the thread that made the pool."""
 
-    def __init__(self) -> None:
+    def __init__(self, processes: CompileProcesses | None) -> None:
         threads = min(_THREADS, os.cpu_count() or 1)
         if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             super().__init__(threads, initializer=torch.cuda.set_device, initargs=(torch.cuda.current_device(),))
         else:
             super().__init__(threads)
         self._of_arguments: dict[Hashable, threading.Lock] = {}
+        self._processes = processes
 
     def submit(self, compile: Callable[..., Any], /, *args: Any, **given: Any) -> Future[Any]:
-        return super().submit(lambda: self._made_ready(compile(*args, **given)))
+        return super().submit(lambda: self._made_ready(self._compiled(partial(compile, *args, **given))))
+
+    def _compiled(self, compile: partial[Any]) -> Any:
+        if self._processes is not None:
+            self._processes.compile(compile.func)  # then Triton's cache has it
+        return compile()
 
     def _made_ready(self, kernel: Any) -> Any:
         """The kernel with what its first launch would make; if that fails, the launch tries it again and says why."""
@@ -90,6 +120,7 @@ def _compiled(launch: Callable[..., Any]) -> Callable[..., Any]:
         key = (id(kernel), *map(_specialises, args), *((name, _specialises(value)) for name, value in options.items()))
         if key not in seen:
             seen.add(key)
+            make_key(kernel)
             launch(kernel, *args, grid=grid, warmup=True, **options)
         return None
 

@@ -20,6 +20,7 @@ from nanoengine.kernels import activation as pointwise
 from nanoengine.kernels import experts as mixture
 from nanoengine.kernels import rms_norm, rope
 from nanoengine.kernels.activation import Activation as Activation
+from nanoengine.kernels.cache_keys import make_keys
 from nanoengine.kernels.choice import BY_DEFAULT
 from nanoengine.kernels.choice import KernelChoice as KernelChoice
 from nanoengine.kernels.cpu import Library, load
@@ -32,6 +33,7 @@ from nanoengine.kernels.matvec import use_matvec
 
 _log = logging.getLogger(__name__)
 _BESIDE_LAYERS = ("sampling_triton", "step_inputs_triton")  # what runs by kernels where the layers do
+_OF_MANY = (*_BESIDE_LAYERS, "sampling_scan_triton", "sampling_truncation_triton")  # their kernels call functions
 
 
 class Ops:
@@ -448,8 +450,8 @@ def ops_for(
     try:
         if importlib.util.find_spec("triton") is None:
             return Ops()
-        for name in _BESIDE_LAYERS:
-            importlib.import_module(f"nanoengine.kernels.{name}")
+        for name in _OF_MANY:
+            make_keys(importlib.import_module(f"nanoengine.kernels.{name}"))
         return TritonOps(attends_qkv=attends_qkv, products=products, kernels=kernels)
     except Exception as error:  # noqa: BLE001 - a broken package raises what it likes
         _log.warning(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextvars
 import ctypes
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -35,10 +37,26 @@ class Driver:
         return 0
 
 
-def woken(monkeypatch: pytest.MonkeyPatch, driver: Driver, **options: Any) -> list[tuple[Any, ...]]:
+class Processes:
+    """What would compile kernels."""
+
+    def __init__(self, calls: list[tuple[Any, ...]]) -> None:
+        self._calls, self.closed = calls, False
+
+    def start(self) -> None:
+        self._calls.append(("start",))
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def woken(monkeypatch: pytest.MonkeyPatch, driver: Driver, *, cold: bool = False, **options: Any) -> list[Any]:
     triton = SimpleNamespace(triton_key=lambda: driver.calls.append(("triton_key",)))
     monkeypatch.setitem(sys.modules, "triton.runtime.cache", triton)
     monkeypatch.setattr(ctypes, "CDLL", lambda name: driver)
+    monkeypatch.setattr(wake, "CompileProcesses", lambda: Processes(driver.calls))
+    if not cold:
+        monkeypatch.setattr(wake, "_is_cold", lambda: False)
     thread = wake.wake_gpu(EngineOptions(**options))
     if thread is not None:
         thread.join()
@@ -74,7 +92,7 @@ def noted(thread):
     start(thread)
 
 threading.Thread.start = noted
-wake.wake_gpu(EngineOptions()).join()
+wake.wake_gpu(EngineOptions(enforce_eager=True)).join()
 assert "triton" in before and "torch" not in before
 print(sorted(set(sys.modules) - before))
 """
@@ -103,3 +121,53 @@ def test_a_machine_without_a_driver_is_no_error_and_torch_is_not_imported() -> N
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert not done.stderr
+
+
+@pytest.mark.parametrize("notes", [True, False])
+@pytest.mark.parametrize("eager", [True, False])
+def test_kernels_are_compiled_by_processes_where_no_engine_has_started_before(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, notes: bool, eager: bool
+) -> None:
+    """They begin before the driver does; elsewhere once there is much to do. An engine ends them."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    if notes:
+        (tmp_path / "nanoengine-1.json").touch()
+    first = Driver()
+
+    def start() -> list[Any]:
+        calls = woken(monkeypatch, first, cold=True, enforce_eager=eager)
+        found = wake.compile_processes()
+        assert (found is None) is eager
+        woken(monkeypatch, Driver(), cold=True, enforce_eager=eager)
+        assert wake.compile_processes() is found
+        if found is not None:
+            found.close()
+            woken(monkeypatch, Driver(), cold=True)
+            assert wake.compile_processes() is not found
+        return calls
+
+    calls = contextvars.Context().run(start)
+    assert calls[: 1 + (not (notes or eager))] == [("start",)] * (not (notes or eager)) + [("cuInit", 0)]
+
+
+def test_processes_are_not_kept_where_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+
+    def start() -> bool:
+        woken(monkeypatch, Driver(found=100), cold=True)
+        found = wake.compile_processes()
+        return found is not None and found.closed
+
+    assert contextvars.Context().run(start)
+
+
+def test_the_folder_of_triton_is_where_notes_are(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    knobs = pytest.importorskip("triton.knobs")
+    for name, folder in (("TRITON_CACHE_DIR", tmp_path), ("TRITON_HOME", tmp_path / "home")):
+        monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
+        monkeypatch.setenv(name, str(folder))
+        assert wake._is_cold()
+        notes = Path(knobs.cache.dir) / "nanoengine-2.json"
+        notes.parent.mkdir(parents=True, exist_ok=True)
+        notes.touch()
+        assert not wake._is_cold()

@@ -6,7 +6,7 @@ import gc
 import importlib.util
 import logging
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from typing import Any, TypeVar, cast
 
@@ -18,7 +18,8 @@ from nanoengine.core.execution.finish_step import MASKED_DRAWS, CapturedTail, Fi
 from nanoengine.core.execution.graphs import StepGraphs
 from nanoengine.core.execution.runner import ModelRunner
 from nanoengine.core.execution.step_inputs import StepSize
-from nanoengine.kernels.compile_ahead import compiling_ahead
+from nanoengine.kernels.compile_ahead import compiling_ahead, is_compiling_ahead, making_keys
+from nanoengine.kernels.compile_processes import CompileProcesses
 from nanoengine.kernels.device import empty_cache
 from nanoengine.setup.start.graph_sizes import first_sizes
 from nanoengine.setup.start.release import free_unused
@@ -31,21 +32,26 @@ class CaptureOutOfMemory(MemoryError):
     """Memory ran out while graphs were captured."""
 
 
-def compile_ahead(runner: ModelRunner, *, later: bool, largest: Callable[[], None]) -> None:
+def compile_ahead(
+    runner: ModelRunner, *, later: bool, largest: Callable[[], None], processes: CompileProcesses | None = None
+) -> None:
     """Compiles kernels in parallel: those of the graphs that `capture_graphs` makes, of the first ones that steps will
     want if others are made later, and of `largest`, which runs a step. What is captured is not used."""
     if runner.graphs.sizes.sizes:
         with torch.inference_mode():
-            _compile_ahead(_Capture(runner.graphs, runner.finish), later=later, largest=largest)
+            _compile_ahead(_Capture(runner.graphs, runner.finish), processes, later=later, largest=largest)
         runner.graphs.clear()
 
 
-def capture_graphs(runner: ModelRunner, *, later: bool = False, is_compiled: bool = False) -> str:
+def capture_graphs(
+    runner: ModelRunner, *, later: bool = False, is_compiled: bool = False, processes: CompileProcesses | None = None
+) -> str:
     """Captures the graphs of the runner, for all of its sizes.
 
     Args:
         later: only the pass of the smallest step; each other one when a step first wants it.
         is_compiled: the kernels are compiled: of all sizes, or with `later` those of the first steps.
+        processes: which compile kernels.
 
     Returns "", or the reason (which is logged) if a capture fails; then every step runs eagerly. Raises
     `CaptureOutOfMemory`, because graphs of smaller steps may fit.
@@ -58,8 +64,9 @@ def capture_graphs(runner: ModelRunner, *, later: bool = False, is_compiled: boo
         with torch.inference_mode():
             capture = _Capture(graphs, runner.finish)
             if not is_compiled:
-                _compile_ahead(capture, later=later)
-            capture.run_once(capture.sizes[-1:], ()) if later else capture.run_once()
+                _compile_ahead(capture, processes, later=later)
+            with making_keys() if capture.has_triton else nullcontext():
+                capture.run_once(capture.sizes[-1:], ()) if later else capture.run_once()
             empty_cache(tables.device)
             capture.captures(smallest=later)
         graphs.capture, graphs.capture_masked = capture.when_wanted, capture.masked
@@ -81,14 +88,20 @@ def capture_graphs(runner: ModelRunner, *, later: bool = False, is_compiled: boo
     return failure
 
 
-def _compile_ahead(capture: _Capture, *, later: bool, largest: Callable[[], None] = lambda: None) -> None:
+def _compile_ahead(
+    capture: _Capture,
+    processes: CompileProcesses | None,
+    *,
+    later: bool,
+    largest: Callable[[], None] = lambda: None,
+) -> None:
     """A dry run of all that is captured, or of the first steps, and of `largest`."""
 
     def run() -> None:
+        largest()  # its kernels take longest to compile
         capture.run_once(first_sizes(capture.sizes) if later else None)
-        largest()
 
-    capture.compile_ahead(run)
+    capture.compile_ahead(run, processes)
     empty_cache(capture.device)
 
 
@@ -130,23 +143,34 @@ class _Capture:
         if graphs.sizes.tail:
             graphs.tail = CapturedTail(finish, graphs.buffers, max(size.logits for size in self.sizes))
 
-    def compile_ahead(self, run: Callable[[], None]) -> None:
+    @property
+    def has_triton(self) -> bool:
+        return self.device.type == "cuda" and importlib.util.find_spec("triton") is not None
+
+    def compile_ahead(self, run: Callable[[], None], processes: CompileProcesses | None = None) -> None:
         """Triton's kernels of `run` are compiled in parallel, and not run; all else runs.
 
         The static buffers keep what kernels wrote before, so indices in them are valid. But what a backend writes to
         the cache without Triton goes to the dummy block, as what the step before has there is a request's.
         """
-        if self.device.type != "cuda" or importlib.util.find_spec("triton") is None:
+        if not self.has_triton:
             return
         self._finish.tables.flush()  # what a run sends to the tables would be lost
         self._graphs.buffers.out.slot_mapping.zero_()
         try:
-            with compiling_ahead():
+            with compiling_ahead(processes):
                 run()
+                self._write_once()
         except BaseException as error:  # a backend may need results of kernels; then kernels are compiled one by one
             if not is_failure(error):
                 raise
             _log.info("kernels are compiled one by one: %s", described(error))
+
+    def _write_once(self) -> None:
+        """What sends writes to the tables in front of the first step's dry run."""
+        tables = self._finish.tables
+        if is_compiling_ahead() and self._graphs.sizes.inputs:
+            tables.kernels.scatter(tables.buffer.words, torch.zeros(2, dtype=torch.int32, device=self.device))
 
     def run_once(self, sizes: Sequence[StepSize] | None = None, kinds: Sequence[int] | None = None) -> None:
         """Runs each pass and each tail, also behind a mask, or those of these sizes and kinds, with dummy rows: what is

@@ -71,11 +71,11 @@ def capture_sizes(
 
 
 def first_sizes(sizes: Sequence[StepSize]) -> Sequence[StepSize]:
-    """What an engine's first steps are likely to be: a short prompt, one row, and the most rows, whose memory is
-    measured. sizes: the smallest last."""
+    """What an engine's first steps are likely to be: a short prompt, whose kernels take longest to compile, the most
+    rows, whose memory is measured, and one row. sizes: the smallest last."""
     plain = [size for size in sizes if size.plain]
     mixed = [size for size in sizes if size.decode_rows and size.prefill_tokens]
-    return [sizes[-1], *mixed[-1:], *plain[:1]]
+    return [*mixed[-1:], *plain[:1], sizes[-1]]
 
 
 def reserve_bytes(sizes: CaptureSizes, row_bytes: int, token_bytes: int) -> int:

@@ -23,6 +23,7 @@ from nanoengine.core.execution.sampler import Sampler
 from nanoengine.core.execution.slots import SlotLimits, SlotTables
 from nanoengine.core.execution.step_inputs import StepBuffers
 from nanoengine.core.step import num_slots
+from nanoengine.kernels.compile_processes import CompileProcesses
 from nanoengine.kernels.device import on_device
 from nanoengine.kernels.ops import KernelChoice, RealTokens, ops_for
 from nanoengine.params.engine_options import EngineOptions
@@ -64,9 +65,15 @@ from nanoengine.setup.start.weights import dummy_weights, load_weights
 
 
 def start_runner(
-    plan: EnginePlan, loader: TargetLoader, tp: TensorParallelGroup, clock: StartClock | None = None
+    plan: EnginePlan,
+    loader: TargetLoader,
+    tp: TensorParallelGroup,
+    clock: StartClock | None = None,
+    *,
+    processes: CompileProcesses | None = None,
 ) -> tuple[ModelRunner, MemoryReport]:
     """A runner with model, weights, KV cache and tables, and the report of its memory. `clock` measures the phases.
+    processes: which compile kernels, beside threads of this one.
 
     If memory is too small for the steps that the options allow, the runner is made for smaller ones, and the report has
     their numbers. Nothing stays allocated if this raises an error.
@@ -74,13 +81,21 @@ def start_runner(
     Raises `ModelError`, `WeightsError`, `PluginError`, `DeviceMemoryError`, `ConfigError`.
     """
     with on_device(torch.device(plan.options.device)):
-        return _Start(plan, loader, tp, clock or StartClock()).run()
+        return _Start(plan, loader, tp, clock or StartClock(), processes).run()
 
 
 class _Start:
     """One start of a runner. `layers` and `backends` are those of the current attempt."""
 
-    def __init__(self, plan: EnginePlan, loader: TargetLoader, tp: TensorParallelGroup, clock: StartClock) -> None:
+    def __init__(
+        self,
+        plan: EnginePlan,
+        loader: TargetLoader,
+        tp: TensorParallelGroup,
+        clock: StartClock,
+        processes: CompileProcesses | None,
+    ) -> None:
+        self.processes = processes
         self.plan, self.asked, self.loader, self.tp, self.clock = plan, plan.options, loader, tp, clock
         self.device = torch.device(plan.options.device)
         self.dtype: torch.dtype = getattr(torch, plan.options.dtype)
@@ -154,7 +169,8 @@ class _Start:
         self.clock.lap("buffers")
         report = self._make_kv_cache(built, runner)
         self.clock.lap("kv cache")
-        failure = capture_graphs(runner, later=self._later, is_compiled=self.notes is not None or self._compiled)
+        compiled = self.notes is not None or self._compiled
+        failure = capture_graphs(runner, later=self._later, is_compiled=compiled, processes=self.processes)
         if self.notes is None and not failure and runner.graphs.used:
             self._peaks.write(path)
         self.clock.lap("capture")
@@ -295,7 +311,7 @@ class _Start:
             runner.launch, runner.tables, runner.sampler, batch_limits(options), draws=draws,
             max_logprobs=options.max_logprobs, drafts=self.drafts,
         )  # fmt: skip
-        compile_ahead(runner, later=self._later, largest=peaks[0])
+        compile_ahead(runner, later=self._later, largest=peaks[0], processes=self.processes)
         self._compiled = True
         prefill, sampling = (peak_bytes(self.device, run) for run in peaks)
         for backend in self.backends:

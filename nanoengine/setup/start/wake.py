@@ -1,19 +1,26 @@
 """Makes a GPU's context early, and has Triton name itself. Each is half a second of work that needs no interpreter: on
-a thread it runs beside the import of torch. Imports no torch."""
+a thread it runs beside the import of torch. Where Triton's cache is empty, processes are started that will compile
+kernels. Imports no torch."""
 
 from __future__ import annotations
 
 import ctypes
 import importlib
+import os
 import threading
 from collections.abc import Callable
 from contextlib import suppress
+from contextvars import ContextVar
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+from nanoengine.kernels.compile_processes import CompileProcesses
 from nanoengine.params.engine_options import EngineOptions
 
 _DRIVER = "libcuda.so.1"
+NOTES = "nanoengine-*.json"  # in Triton's cache: a start has ended well there
+_processes: ContextVar[CompileProcesses | None] = ContextVar("nanoengine_compile_processes", default=None)
 
 
 def wake_gpu(options: EngineOptions) -> threading.Thread | None:
@@ -29,10 +36,33 @@ def wake_gpu(options: EngineOptions) -> threading.Thread | None:
         driver = ctypes.CDLL(_DRIVER)
     except OSError:
         return None
-    wake = partial(_wake, driver, int(index or 0), _key_function())
+    processes = None if options.enforce_eager else _processes_of_next()
+    wake = partial(_wake, driver, int(index or 0), _key_function(), processes)
     thread = threading.Thread(target=wake, name="nanoengine-wake", daemon=True)
     thread.start()
     return thread
+
+
+def compile_processes() -> CompileProcesses | None:
+    """Those of the next engine of this thread, since `wake_gpu`. None: there are none."""
+    return _processes.get()
+
+
+def _processes_of_next() -> CompileProcesses:
+    processes = _processes.get()
+    if processes is None or processes.closed:
+        processes = CompileProcesses()
+        _processes.set(processes)
+    if _is_cold():
+        processes.start()
+    return processes
+
+
+def _is_cold() -> bool:
+    """Whether no engine has compiled its kernels to Triton's cache."""
+    home = os.environ.get("TRITON_HOME") or os.path.expanduser("~")  # as `triton.knobs`
+    folder = Path(os.environ.get("TRITON_CACHE_DIR") or Path(home, ".triton", "cache"))
+    return next(folder.glob(NOTES), None) is None
 
 
 def _key_function() -> Callable[[], object] | None:
@@ -48,10 +78,13 @@ def _key_function() -> Callable[[], object] | None:
     return function
 
 
-def _wake(driver: Any, index: int, key: Callable[[], object] | None) -> None:
-    if _make_context(driver, index) and key is not None:
-        with suppress(Exception):
-            key()
+def _wake(driver: Any, index: int, key: Callable[[], object] | None, processes: CompileProcesses | None) -> None:
+    if _make_context(driver, index):
+        if key is not None:
+            with suppress(Exception):
+                key()
+    elif processes is not None:
+        processes.close()
 
 
 def _make_context(driver: Any, index: int) -> bool:

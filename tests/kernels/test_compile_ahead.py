@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from subprocess import PIPE
 from typing import Any
 
 import pytest
@@ -12,8 +14,7 @@ import pytest
 pytest.importorskip("triton")
 
 PRELUDE = """
-import json, os, sys, tempfile, threading
-os.environ["TRITON_CACHE_DIR"] = tempfile.mkdtemp()
+import json, os, sys, tempfile, threading, traceback
 os.environ.pop("TRITON_INTERPRET", None)
 import torch, triton
 from triton import knobs
@@ -51,18 +52,42 @@ def launch(dtype, activation="silu"):
     activation_triton.act_and_mul(torch.zeros(4, 64, dtype=dtype), activation)
 
 KINDS = [(torch.float32, "silu"), (torch.bfloat16, "silu"), (torch.float32, "gelu_tanh")]
+for line in sys.stdin:
+    if child := os.fork():
+        if status := os.waitpid(child, 0)[1]:
+            print(json.dumps({"error": f"ended with status {status}"}), flush=True)
+        continue
+    try:
+        os.environ["TRITON_CACHE_DIR"] = tempfile.mkdtemp()
+        exec(json.loads(line))
+        found = {"out": out}
+    except BaseException:
+        found = {"error": traceback.format_exc()}
+    print(json.dumps(found), flush=True)
+    os._exit(0)
 """
+There = Callable[[str], Any]
 
 
-def there(code: str) -> Any:
-    """What `code` assigns to `out`: an own process, since whether kernels are interpreted is settled at import."""
-    program = f"{PRELUDE}\n{code}\nprint(json.dumps(out))"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout)
+@pytest.fixture(scope="module")
+def there() -> Iterator[There]:
+    """code -> what it assigns to `out`, in a copy of one process in which kernels are not interpreted: that is settled
+    at import, which takes longer than these tests."""
+    with subprocess.Popen([sys.executable, "-c", PRELUDE], stdin=PIPE, stdout=PIPE, text=True) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+
+        def run(code: str) -> Any:
+            print(json.dumps(code), file=process.stdin, flush=True)
+            found = json.loads(process.stdout.readline())
+            assert "error" not in found, found["error"]
+            return found["out"]
+
+        yield run
+        process.stdin.close()
 
 
-def test_what_is_met_is_compiled_once_by_other_threads_and_nothing_runs_until_it_is_over() -> None:
+def test_what_is_met_is_compiled_once_by_other_threads_and_nothing_runs_until_it_is_over(there: There) -> None:
     out = there("""
 with compiling_ahead():
     for _ in range(3):
@@ -82,7 +107,7 @@ out = dict(inside=inside, ahead=ahead, later=len(compiled) - len(ahead), launche
     assert out["after"] is False
 
 
-def test_other_threads_launch_as_ever_meanwhile_or_wait_to_compile_ahead_too() -> None:
+def test_other_threads_launch_as_ever_meanwhile_or_wait_to_compile_ahead_too(there: There) -> None:
     """And this one behind a Ctrl-C."""
     out = there("""
 before = triton.runtime.JITFunction.run
@@ -119,7 +144,7 @@ out = [launches, early, triton.runtime.JITFunction.run is before]
     assert out == [["MainThread", "other", "MainThread"], False, True]
 
 
-def test_a_kernel_that_does_not_compile_says_so_when_it_is_launched() -> None:
+def test_a_kernel_that_does_not_compile_says_so_when_it_is_launched(there: There) -> None:
     out = there("""
 import pathlib, importlib.util
 path = pathlib.Path(tempfile.mkdtemp()) / "broken.py"
@@ -150,7 +175,7 @@ out = dict(said=said, ahead=ahead, compiled=len(compiled), launched=len(launches
     assert out["launched"] == 2
 
 
-def test_what_a_first_launch_makes_is_made_by_the_threads_too() -> None:
+def test_what_a_first_launch_makes_is_made_by_the_threads_too(there: There) -> None:
     """Its launcher, one at a time for the same arguments, and its code on the GPU; once."""
     out = there("""
 made, loaded, making = [], [], threading.Lock()
@@ -182,7 +207,7 @@ out = dict(made=made, loaded=loaded, ahead=ahead, launched=len(launches))
     assert out["launched"] == 2
 
 
-def test_what_could_not_be_made_ahead_is_made_by_the_launch() -> None:
+def test_what_could_not_be_made_ahead_is_made_by_the_launch(there: There) -> None:
     """A launcher that a C compiler does not make, and code that the GPU does not take."""
     out = there("""
 tried, failing = [], []
@@ -211,7 +236,7 @@ out = dict(tried=tried, launches=launches)
     assert out["launches"] == [True, True]  # with code
 
 
-def test_a_tuned_kernel_is_not_tuned_on_nothing() -> None:
+def test_a_tuned_kernel_is_not_tuned_on_nothing(there: There) -> None:
     out = there("""
 import pathlib, importlib.util
 path = pathlib.Path(tempfile.mkdtemp()) / "tuned.py"
@@ -232,7 +257,7 @@ out = [len(module.tuned.cache), len(compiled), len(launches)]
     assert out == [0, 0, 0]
 
 
-def test_few_row_products_compile_for_a_gpu() -> None:
+def test_few_row_products_compile_for_a_gpu(there: There) -> None:
     """The interpreter takes more of Python than the compiler does, and never meets what PDL adds."""
     out = there("""
 from nanoengine.kernels import matvec_held_triton as held, matvec_large_triton as large

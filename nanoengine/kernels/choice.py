@@ -23,7 +23,7 @@ KERNELS: Mapping[KernelName, bool] = {
     "masks_beside": True,  # late masks are copied on a stream of their own; else on that of the steps
     "matvec_streamed": True,  # one row times a large weight by rings of shared memory on Hopper GPUs; else registers
     "products_wide": False,  # some products with a gate in tiles of 96 outputs on Hopper GPUs: `matmul.takes_wide`
-    "sums_pushed": False,  # few rows are summed over GPUs, and normalised, by writing to the others; else by reading
+    "sums_pushed": True,  # few rows are summed over GPUs, and normalised, by writing to the others; else by reading
 }
 """Whether each is on by default. What reads a name: `KernelChoice.has`."""
 

@@ -19,23 +19,34 @@ _MAX_BLOCK = 4096
 
 
 @triton.jit
-def _embedding_kernel(ids_ptr, weight_ptr, out_ptr, D: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+def _embedding_kernel(
+    ids_ptr, weight_ptr, out_ptr, first, rows, D: tl.constexpr, BLOCK: tl.constexpr, PART: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     wait_for_inputs(PDL)
     release_dependents(PDL)
-    row = tl.load(ids_ptr + token).to(tl.int64)
-    tl.store(out_ptr + token * D + d, tl.load(weight_ptr + row * D + d, mask=d < D), mask=d < D)
+    row, here = tl.load(ids_ptr + token).to(tl.int64), d < D
+    if PART:
+        row -= first
+        here &= (row >= 0) & (row < rows)
+    tl.store(out_ptr + token * D + d, tl.load(weight_ptr + row * D + d, mask=here, other=0.0), mask=d < D)
 
 
-def embedding(ids: Tensor, weight: Tensor) -> Tensor:
-    """int [T], [V, D] contiguous -> [T, D]."""
+def embedding(ids: Tensor, weight: Tensor, *, first: int | None = None, out: Tensor | None = None) -> Tensor:
+    """int [T], [V, D] contiguous -> [T, D].
+
+    first: the weight is a part of the whole, from this id on, and rows of ids outside of it are 0. out: contiguous."""
     assert weight.is_contiguous() and ids.is_contiguous(), (weight.stride(), ids.stride())
     tokens, width = len(ids), weight.shape[1]
-    out = torch.empty(tokens, width, dtype=weight.dtype, device=weight.device)
+    if out is None:
+        out = torch.empty(tokens, width, dtype=weight.dtype, device=weight.device)
+    assert out.shape == (tokens, width) and out.is_contiguous() and out.dtype == weight.dtype, (out.shape, out.dtype)
     if tokens:
         block = min(_MAX_BLOCK, triton.next_power_of_2(width))
         _embedding_kernel[(tokens, triton.cdiv(width, block))](
-            ids, weight, out, D=width, BLOCK=block, num_warps=min(8, max(1, block // 256)), **pdl_options(weight)
-        )
+            ids, weight, out, first or 0, len(weight), D=width, BLOCK=block, PART=first is not None,
+            num_warps=min(8, max(1, block // 256)), **pdl_options(weight),
+        )  # fmt: skip
     return out

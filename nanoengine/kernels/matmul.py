@@ -19,7 +19,7 @@ from nanoengine.kernels.matvec import matvec
 MIN_ROWS, MAX_GATED_ROWS = 33, 16384
 _WAVE_ROWS = 512  # tiles of up to so many rows are one wave of programs
 _SHORT = 1024  # of outputs or of K, as in Qwen3-0.6B
-_MAX_WEIGHTS = 8 << 20
+MAX_WEIGHTS = 8 << 20  # as in Qwen3-0.6B
 MOST_SPLITS = 4
 WIDE_ROWS, WIDE_OUTPUTS = 256, 96  # of `matmul_wide_gluon`
 _SHARED_BYTES = 200 << 10  # of 227 KiB that a program may have
@@ -115,9 +115,11 @@ def matmul_tile(
     is how much tiles read from L2 (about 7.5 TB/s).
     """
     weights = outputs * k * (2 if gated else 1)
-    if itemsize != 2 or not MIN_ROWS <= rows <= MAX_GATED_ROWS or weights > _MAX_WEIGHTS or min(outputs, k) > _SHORT:
+    if itemsize != 2 or not MIN_ROWS <= rows <= MAX_GATED_ROWS or k % 128 or outputs % 64:
         return None
-    if k % 128 or outputs % 64:
+    if weights > MAX_WEIGHTS:
+        return _tile_of_large(rows, outputs, k, gated=gated) if min(outputs, k) > _SHORT else None
+    if min(outputs, k) > _SHORT:
         return None
     if rows > 256:
         return _tile_of_many(rows, outputs, k, gated=gated)
@@ -149,6 +151,19 @@ def _tile_of_many(rows: int, outputs: int, k: int, *, gated: bool) -> MatmulTile
     return MatmulTile(128, 64, 64, warps=8, stages=8, gluon=True) if 576 < rows <= 832 and k > 2 * _SHORT else None
 
 
+def _tile_of_large(rows: int, outputs: int, k: int, *, gated: bool) -> MatmulTile | None:
+    """Of one of two ranks of Qwen3-8B, or near it. Microseconds a layer of products and norms (one H200, 2026-11-30; 8
+    to 16 tiles a product): 64 rows, by cuBLAS for gate and up and the kernels for few rows for the others, 71.8; by
+    these, and cuBLAS for o, 64.2. 256 rows, by cuBLAS, 96.4; by these for down 95.0."""
+    if not 2048 <= k <= 8192 or not 3072 <= outputs <= (8192 if gated else 4096):
+        return None
+    if rows <= 64:
+        if gated:
+            return _deepest(64, 32, 64, gated=True, room=_SHARED_BYTES // 2)
+        return _deepest(64, 32, 128) if outputs == 3072 or k > 4096 else None
+    return _deepest(128, 64, 64) if 192 < rows <= 256 and not gated and k > 4096 else None
+
+
 def takes_wide(rows: int, outputs: int, k: int, itemsize: int, multiprocessors: int) -> bool:
     """Whether `matmul_wide_gluon` makes a product with a gate: where its tiles are one wave that leaves few
     multiprocessors without work, of as many rows as were measured.
@@ -168,7 +183,9 @@ def takes_wide(rows: int, outputs: int, k: int, itemsize: int, multiprocessors: 
     return 192 < rows <= WIDE_ROWS and 0.9 * multiprocessors <= tiles <= multiprocessors
 
 
-def _deepest(block_m: int, block_n: int, block_k: int, *, gated: bool = False, splits: int = 1) -> MatmulTile:
-    """By Gluon, with as many stages as shared memory holds, up to eight: bytes in flight count most."""
+def _deepest(
+    block_m: int, block_n: int, block_k: int, *, gated: bool = False, splits: int = 1, room: int = _SHARED_BYTES
+) -> MatmulTile:
+    """By Gluon, with as many stages as `room` holds, up to eight: bytes in flight count most."""
     stage = (block_m + block_n * (2 if gated else 1)) * block_k * 2
-    return MatmulTile(block_m, block_n, block_k, 4, min(8, _SHARED_BYTES // stage), gluon=True, splits=splits)
+    return MatmulTile(block_m, block_n, block_k, 4, min(8, room // stage), gluon=True, splits=splits)

@@ -17,23 +17,26 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from nanoengine.kernels.activation import Activation
 from nanoengine.kernels.activation_triton import act_mul
+from nanoengine.kernels.all_reduce_norm_triton import Inboxes, next_turn, send_words
 from nanoengine.kernels.matvec_parts_triton import check, load_if, prefetch_rows, result
 from nanoengine.kernels.pdl_triton import pdl_options, release_dependents, wait_for_inputs
 
 _PROCESSORS = 132  # of a Hopper GPU
 _RING = 96 << 10  # bytes of a program, of which a multiprocessor holds two
 _STEP = 16 << 10  # bytes that are multiplied at a time
-_PIECE = 4096  # of K: a tensor's elements
+_PIECE = 4096  # of K: a tensor's elements; half as many where 4096 do not divide K
 _WORTH = 24 << 20  # bytes of a weight; smaller ones are held in registers
-# Of weights below so many bytes: bytes of a ring, programs a multiprocessor. The fastest of 8 to 13 tiles for each
-# product of Qwen3-8B, in a chain of 10 layers (one H200, 2026-11-30).
-_SMALLER = ((40 << 20, 48 << 10, 4), (64 << 20, 64 << 10, 2))
+# Of weights below so many bytes, with rows of so many elements or more: bytes of a ring, programs a multiprocessor. The
+# fastest of 8 to 25 tiles for each product of Qwen3-8B, whole or one of two ranks', in chains of layers (one H200,
+# 2026-11-30).
+_SMALLER = ((40 << 20, 0, 48 << 10, 4), (64 << 20, 6144, 48 << 10, 4), (64 << 20, 0, 64 << 10, 2))
 
 
 @triton.jit
@@ -89,11 +92,11 @@ def _ask(
 
 @triton.jit
 def _streamed_kernel(
-    x_ptr, norm_weight_ptr, weight_ptr, bias_ptr, add_ptr, y_ptr, eps,
+    x_ptr, norm_weight_ptr, weight_ptr, bias_ptr, add_ptr, y_ptr, data, turns, capacity, eps,
     N: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, STEPS: tl.constexpr, PADDED: tl.constexpr,
     PIECE: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr, OTHER: tl.constexpr, SPAN: tl.constexpr,
     GATED: tl.constexpr, ACTIVATION: tl.constexpr, NORM: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_ADD: tl.constexpr,
-    PDL: tl.constexpr,
+    SEND: tl.constexpr, RANK: tl.constexpr, SIZE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """A program has STEPS times ROWS outputs. PADDED: STEPS, up to the next power of two; SPAN: K likewise."""
     pieces: tl.constexpr = (K + PIECE - 1) // PIECE
@@ -133,6 +136,8 @@ def _streamed_kernel(
         y = act_mul(y, ups * scale + load_if(HAS_BIAS, bias_ptr + N + n, mask), ACTIVATION)
     y += load_if(HAS_ADD, add_ptr + n, mask)
     tl.store(y_ptr + n, y.to(y_ptr.dtype.element_ty), mask=mask)
+    if SEND:
+        send_words(y, n, mask, data, next_turn(turns, 0), capacity, RANK, SIZE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,9 +157,14 @@ class StreamedTile:
     other: int = 0
 
 
+def _piece(k: int) -> int:
+    widest = _PIECE if k <= _PIECE or k % _PIECE == 0 else _PIECE // 2
+    return min(widest, 1 << (k - 1).bit_length())
+
+
 def streamed_tile(k: int, *, gated: bool, itemsize: int, ring: int = _RING) -> StreamedTile | None:
     """None where the ring holds fewer than two steps."""
-    row = triton.cdiv(k, _PIECE) * min(_PIECE, triton.next_power_of_2(k)) * itemsize * (2 if gated else 1)
+    row = triton.cdiv(k, _piece(k)) * _piece(k) * itemsize * (2 if gated else 1)
     rows = 1 << max(0, (_STEP // row).bit_length() - 1)
     held = ring // (rows * row)
     return StreamedTile(rows, held + 1) if held >= 2 else None
@@ -165,7 +175,8 @@ def tile_of(rows: int, outputs: int, k: int, *, gated: bool, itemsize: int) -> S
     weight = outputs * (2 if gated else 1) * k * itemsize
     if rows != 1 or weight < _WORTH or k < 2048 or k * itemsize % 16 or outputs > 1 << 15:
         return None
-    ring, programs = next(((ring, programs) for below, ring, programs in _SMALLER if weight < below), (_RING, 2))
+    fitting = (each[2:] for each in _SMALLER if weight < each[0] and k >= each[1])
+    ring, programs = next(fitting, (_RING, 2))
     tile = streamed_tile(k, gated=gated, itemsize=itemsize, ring=ring)
     if tile is None:
         return None
@@ -178,7 +189,7 @@ def constants(tile: StreamedTile, outputs: int, k: int) -> dict[str, int]:
     steps = triton.cdiv(triton.cdiv(outputs, tile.rows), tile.programs)
     return {
         "N": outputs, "K": k, "ROWS": tile.rows, "STEPS": steps, "PADDED": triton.next_power_of_2(steps),
-        "PIECE": min(_PIECE, triton.next_power_of_2(k)), "STAGES": tile.stages,
+        "PIECE": _piece(k), "STAGES": tile.stages,
         "AHEAD": tile.ahead, "OTHER": tile.other, "SPAN": triton.next_power_of_2(k),
     }  # fmt: skip
 
@@ -194,18 +205,24 @@ def streamed(
     norm_weight: Tensor | None = None,
     eps: float = 0.0,
     out: Tensor | None = None,
+    send: Inboxes | None = None,
 ) -> Tensor:
-    """The product, of x [1, K] normalised first if there is a norm."""
+    """The product, of x [1, K] normalised first if there is a norm. send: where it goes, too, as words."""
     rows, k = x.shape
     assert rows == 1, rows
     outputs = len(weight) // 2 if gate else len(weight)
     check(x, weight, add, outputs)
     y = result(x, outputs, out)
+    assert send is None or (y.dtype == torch.float32 and y.numel() * 8 <= send.capacity), y
     made = constants(tile, outputs, k)
     _streamed_kernel[(triton.cdiv(outputs, made["STEPS"] * tile.rows),)](
         x, norm_weight if norm_weight is not None else x, weight, bias if bias is not None else x,
-        add if add is not None else x, y, eps, **made,
+        add if add is not None else x, y,
+        y if send is None else send.peers.data, y if send is None else send.peers.turns,
+        16 if send is None else send.capacity, eps, **made,
         GATED=gate is not None, ACTIVATION=gate, NORM=norm_weight is not None,
-        HAS_BIAS=bias is not None, HAS_ADD=add is not None, num_warps=tile.warps, **pdl_options(x),
+        HAS_BIAS=bias is not None, HAS_ADD=add is not None, SEND=send is not None,
+        RANK=0 if send is None else send.peers.rank, SIZE=1 if send is None else send.peers.size,
+        num_warps=tile.warps, **pdl_options(x),
     )  # fmt: skip
     return y

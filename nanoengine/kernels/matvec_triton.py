@@ -233,16 +233,21 @@ def matvec(
     return skinny(x, weight, bias, gate=gate, add=add, out=out, tile=tile, tickets=tickets)
 
 
-def product_parts(x: Tensor, weight: Tensor, begin: Callable[[], Inboxes] | None = None) -> Tensor | None:
+def product_parts(
+    x: Tensor, weight: Tensor, begin: Callable[[], Inboxes] | None = None, *, streams: bool = False
+) -> Tensor | None:
     """float32 [parts, T, N] whose sum is the product, where another kernel would add parts of K up, or this product
     sends itself; else None.
 
-    begin: as of `PushedSum`; products without tensor cores call it, and send. Those of `matvec_streamed_triton` do not:
-    what is sent is held in registers.
+    begin: as of `PushedSum`; products without tensor cores call it, and send. streams: as in `matvec`.
     """
     rows, k = x.shape
     shape: dict[str, Any] = {"gated": False, "itemsize": x.element_size()}
     tile = tile_for(rows, len(weight), k, **shape)
+    if begin is not None and streams and (ring := streamed_tile_of(rows, len(weight), k, **shape)):
+        y = torch.empty(1, rows, len(weight), dtype=torch.float32, device=x.device)
+        streamed(x, weight, tile=ring, out=y[0], send=begin())
+        return y
     if isinstance(tile, LargeTile) and tile.splits > 1:
         return large(x, weight, tile=tile, in_parts=True)
     if begin is None or not isinstance(tile, GemvTile):

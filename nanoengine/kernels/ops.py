@@ -28,7 +28,7 @@ from nanoengine.kernels.experts import RealTokens as RealTokens
 from nanoengine.kernels.experts import Routing as Routing
 from nanoengine.kernels.gluon import is_hopper
 from nanoengine.kernels.linear import linear
-from nanoengine.kernels.matmul import Ahead
+from nanoengine.kernels.matmul import MAX_WEIGHTS, Ahead
 from nanoengine.kernels.matvec import use_matvec
 
 _log = logging.getLogger(__name__)
@@ -49,9 +49,16 @@ class Ops:
     kernels = BY_DEFAULT
     """Which of the kernels that can be turned on and off are on."""
 
-    def embedding(self, ids: Tensor, weight: Tensor) -> Tensor:
-        """Rows of the weight: int [T], [V, D] -> [T, D]."""
-        return F.embedding(ids, weight)
+    def embedding(self, ids: Tensor, weight: Tensor, *, first: int | None = None, out: Tensor | None = None) -> Tensor:
+        """Rows of the weight: int [T], [V, D] -> [T, D]; `out`, contiguous: where they go.
+
+        first: the weight is a part of the whole, from this id on, and rows of ids outside of it are 0."""
+        if first is None:
+            y = F.embedding(ids, weight)
+        else:
+            elsewhere = (ids < first) | (ids >= first + len(weight))
+            y = F.embedding((ids - first).masked_fill(elsewhere, 0), weight).masked_fill(elsewhere.unsqueeze(-1), 0.0)
+        return y if out is None else out.copy_(y)
 
     def add_rms_norm(self, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         return rms_norm.add_rms_norm(x, residual, weight, eps)
@@ -213,8 +220,9 @@ class TritonOps(Ops):
         self._normed: tuple[Tensor, Tensor, Tensor] | None = None  # of `keep_normed`
         self._streams = kernels.has("matvec_streamed")
 
-    def embedding(self, ids: Tensor, weight: Tensor) -> Tensor:
-        return self._embedding(ids, weight) if ids.dim() == 1 else super().embedding(ids, weight)
+    def embedding(self, ids: Tensor, weight: Tensor, *, first: int | None = None, out: Tensor | None = None) -> Tensor:
+        made = self._embedding if ids.dim() == 1 else super().embedding
+        return made(ids, weight, first=first, out=out)
 
     def add_rms_norm(self, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         if x.dim() == 2:
@@ -273,7 +281,7 @@ class TritonOps(Ops):
         if self._products is not None and self._products.takes(x, weight, bias, gate):
             if scaled is not None:
                 return self._products(scaled, weight, eps=eps, gate=gate)[0], x
-            if len(x) > self._matvec.MAX_ROWS:
+            if len(x) > self._matvec.MAX_ROWS or weight.numel() > MAX_WEIGHTS:
                 normed, total = self.add_rms_norm(x, residual, norm_weight, eps)
                 return self._products(normed, weight, gate=gate)[0], total
         if self._few(x, weight):
@@ -303,8 +311,9 @@ class TritonOps(Ops):
         return self.act_and_mul(y, gate) if gate else y
 
     def linear_parts(self, x: Tensor, weight: Tensor, bias: Tensor | None, begin: Callable[[], Any]) -> Tensor:
-        if bias is None and self._few(x, weight):
-            parts = self._matvec.product_parts(x, weight, begin)
+        known = self._products is not None and self._products.takes(x, weight, bias)
+        if bias is None and not known and self._few(x, weight):
+            parts = self._matvec.product_parts(x, weight, begin, streams=self._streams_on(x.device))
             if parts is not None:
                 return parts
         return super().linear_parts(x, weight, bias, begin)

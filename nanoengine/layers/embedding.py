@@ -43,7 +43,12 @@ class VocabParallelEmbedding(Layer, WeightLayer):
     def forward(self, input_ids: Tensor) -> Tensor:
         if self.tp.size == 1:
             return self.method.rows(self, input_ids)
-        local = input_ids - self.tp.rank * self.rows
+        first = self.tp.rank * self.rows
+        if type(self.method) is Unquantised:
+            weight = self.get_parameter("weight")
+            out = self.tp.partial_sum(len(input_ids), weight.shape[1], weight.dtype) if input_ids.dim() == 1 else None
+            return self.tp.all_reduce(self.ops.embedding(input_ids, weight, first=first, out=out))
+        local = input_ids - first
         elsewhere = (local < 0) | (local >= self.rows)
         found = self.method.rows(self, local.masked_fill(elsewhere, 0)).masked_fill(elsewhere.unsqueeze(-1), 0.0)
         return self.tp.all_reduce(found)

@@ -204,10 +204,11 @@ class RowParallelLinear(ParallelLinear):
             return super().added(x, residual)
         if not self.reduce:
             return self(x), residual
-        norm, plain = self.next_norm, type(self.method) is Unquantised
+        norm = self.next_norm
+        plain = type(self.method) is Unquantised and self.bias is None  # one rank alone has a bias: no product is sent
         pushed = self.tp.pushed_sum(residual) if norm is not None and plain else None
         if norm is not None and pushed is not None:
-            parts = self.ops.linear_parts(x, self.get_parameter("weight"), self._bias_once, pushed.begin)
+            parts = self.ops.linear_parts(x, self.get_parameter("weight"), None, pushed.begin)
             total, normed = pushed.end(parts, norm.weight, norm.eps)
             self.ops.keep_normed(total, norm.weight, normed)
             return total, None

@@ -29,7 +29,7 @@ RANKS: dict[str, tuple[dict[str, Any], bool]] = {
     "graphs": ({}, True),
     "graphs, NCCL": ({"custom_all_reduce": False}, True),
     "eager": ({"enforce_eager": True}, False),
-    "graphs, sums pushed": ({"kernels": {"sums_pushed": True}}, True),
+    "graphs, sums read": ({"kernels": {"sums_pushed": False}}, True),
 }
 PRESSURE: dict[str, Any] = {"num_gpu_blocks_override": 40, "max_num_batched_tokens": 24}
 

@@ -294,14 +294,16 @@ def eight_bit_streamed(n: int, k: int, *, gated: bool, norm: bool) -> dict[str, 
     return {**found, "threads": 32 * tile.warps, "ring": found["in_front"]["copies"] * copy}
 
 
-def streamed(n: int, k: int, *, gated: bool, norm: bool) -> dict[str, Any]:
-    """One row of Qwen3-8B's products in bfloat16."""
+def streamed(n: int, k: int, *, gated: bool, norm: bool, ranks: int = 1) -> dict[str, Any]:
+    """One row of Qwen3-8B's products in bfloat16. ranks: over which it sends itself."""
     tile = matvec_streamed_triton.tile_of(1, n, k, gated=gated, itemsize=2)
     assert tile is not None
-    given = {**kinds(bf16="x norm_weight weight bias add y"), "eps": "fp32"}
+    given = {**kinds(bf16="x norm_weight weight bias add y"), "data": "*i64", "turns": "*i32", "capacity": "stride"}
+    given |= {"eps": "fp32"}
     constants = {
         **matvec_streamed_triton.constants(tile, n, k), "GATED": gated, "ACTIVATION": "silu" if gated else None,
-        "NORM": norm, "HAS_BIAS": False, "HAS_ADD": not norm, "PDL": True,
+        "NORM": norm, "HAS_BIAS": False, "HAS_ADD": not norm and ranks == 1,
+        "SEND": ranks > 1, "RANK": 0, "SIZE": ranks, "PDL": True,
     }  # fmt: skip
     found = compiled(matvec_streamed_triton._streamed_kernel, given, constants, tile.warps)
     copy = constants["ROWS"] * constants["PIECE"] * 2
@@ -393,6 +395,7 @@ def main() -> None:
         found[f"streamed {name}"] = streamed(n, k, gated=name == "gate_up", norm=norm)
         if name != "o":
             found[f"eight-bit streamed {name}"] = eight_bit_streamed(n, k, gated=name == "gate_up", norm=norm)
+    found["streamed half of down"] = streamed(4096, 6144, gated=False, norm=False, ranks=2)
     found["eight-bit gemv, group"] = eight_bit_gemv("group", gated=False)
     for rows, dtype, inputs in (
         (16, "fp8", "token"),

@@ -14,6 +14,7 @@ from nanoengine.kernels import all_reduce as reference
 from nanoengine.kernels.all_reduce_norm_triton import Inboxes, all_reduce_norm
 from nanoengine.kernels.all_reduce_triton import MAX_PROGRAMS, Peers
 from nanoengine.kernels.matvec_large_triton import LargeTile, large
+from nanoengine.kernels.matvec_streamed_triton import StreamedTile, streamed
 from nanoengine.kernels.matvec_triton import GemvTile, gemv, product_parts
 
 EPS = 1e-5
@@ -146,15 +147,20 @@ def test_what_does_not_fit_is_refused(device) -> None:
             )
 
 
-@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("rows", [1, 2, "streamed"])
 def test_a_product_that_sends_itself(rand, assert_close, dtype, device, rows) -> None:
     """Its words are what it wrote itself, in the half of the sum that follows, and that sum only waits."""
+    streams, rows = rows == "streamed", 1 if rows == "streamed" else rows
     ranks = Ranks(2, True, device, 6)
     x, weight = [rand(rows, 48) for _ in range(2)], [rand(40, 48) for _ in range(2)]
     residual, norm, parts = rand(rows, 40), rand(40), []
     for rank in range(2):
         part = torch.empty(1, rows, 40, device=device)
-        gemv(x[rank], weight[rank], None, out=part[0], tile=GemvTile(4, 2), send=ranks.inboxes(rank))
+        if streams:
+            tile = StreamedTile(rows=2, stages=3, warps=4, programs=5)
+            streamed(x[rank], weight[rank], out=part[0], tile=tile, send=ranks.inboxes(rank))
+        else:
+            gemv(x[rank], weight[rank], None, out=part[0], tile=GemvTile(4, 2), send=ranks.inboxes(rank))
         assert_close(part[0], x[rank].float() @ weight[rank].float().T, 1e-5)
         assert torch.equal(ranks.part(1 - rank, rank, 7, part[0]), words_of(part[0], 7))
         assert (ranks.turns[rank] == 6).all()  # the sum counts

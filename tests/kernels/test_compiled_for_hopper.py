@@ -161,6 +161,7 @@ def test_a_multiprocessor_holds_four_programs_of_keys_in_eight_bits(
         ("streamed o", 48, 4),
         ("streamed gate_up", 96, 2),
         ("streamed down", 96, 2),
+        ("streamed half of down", 48, 4),
         ("eight-bit streamed qkv", 64, 2),
         ("eight-bit streamed gate_up", 48, 4),
         ("eight-bit streamed down", 96, 2),

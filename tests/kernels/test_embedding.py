@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 pytest.importorskip("triton")
 from nanoengine.kernels.embedding_triton import embedding
+from nanoengine.kernels.ops import Ops
 
 
 @pytest.mark.parametrize("width", [8, 64, 100, 5000])
@@ -22,3 +23,16 @@ def test_rows_are_torch_s(width: int, dtype: torch.dtype, kind: torch.dtype, dev
         out = embedding(ids, weight)
         assert out.shape == (count, width)
         assert torch.equal(out, F.embedding(ids, weight))
+
+
+@pytest.mark.parametrize("first", [0, 30, 1000])
+def test_rows_of_a_part_of_the_whole(first: int, device: torch.device) -> None:
+    """Those of ids outside of it are 0; also as torch's operations make it."""
+    weight, ids = torch.randn(7, 20, device=device), torch.arange(0, 40, dtype=torch.int32, device=device)
+    whole = torch.zeros(first + 50, 20, device=device)
+    whole[first : first + 7] = weight
+    out = torch.full((40, 20), float("nan"), device=device)
+    assert embedding(ids, weight, first=first, out=out) is out
+    assert torch.equal(out, F.embedding(ids, whole))
+    assert torch.equal(Ops().embedding(ids, weight, first=first), out)
+    assert torch.equal(Ops().embedding(ids, weight, first=first, out=torch.empty_like(out)), out)

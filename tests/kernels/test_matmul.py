@@ -128,6 +128,26 @@ def test_only_what_was_measured_has_a_tile(rows) -> None:
             assert programs <= 132 * (2 if stage * tile.stages <= 112 << 10 else 1), name
 
 
+@pytest.mark.parametrize("rows", [32, 33, 64, 65, 192, 193, 256, 257])
+def test_tiles_of_one_of_two_ranks_are_those_measured(rows) -> None:
+    """Of Qwen3-8B; whole ones, and what stands before the norm in attention, have others."""
+    few, many = 33 <= rows <= 64, 192 < rows <= 256
+    for n, k, gated, tile in (
+        (3072, 4096, False, MatmulTile(64, 32, 128, warps=4, stages=8, gluon=True) if few else None),
+        (6144, 4096, True, MatmulTile(64, 32, 64, warps=4, stages=6, gluon=True) if few else None),
+        (4096, 6144, False, MatmulTile(64, 32, 128, warps=4, stages=8, gluon=True) if few else None),
+        (4096, 2048, False, None),
+        (4096, 4096, False, None),
+        (6144, 4096, False, None),
+        (12288, 4096, True, None),
+        (4096, 12288, False, None),
+    ):
+        if many and (n, k) == (4096, 6144):
+            tile = MatmulTile(128, 64, 64, warps=4, stages=8, gluon=True)
+        assert matmul_tile(rows, n, k, gated=gated, itemsize=2) == tile, (n, k)
+        assert matmul_tile(rows, n, k, gated=gated, itemsize=4) is None
+
+
 def test_other_sizes_and_gpus_have_no_tiles_that_need_measuring() -> None:
     """Larger models' products, odd ones, and those of parts on a GPU that cannot hold all programs at a time: none may
     wait for another."""

@@ -67,7 +67,8 @@ def test_two_rings_fit_a_multiprocessor(k, itemsize, gated) -> None:
     if tile is None:
         assert k * itemsize * (1 + gated) > 40_000
         return
-    row = -(-k // 4096) * min(4096, k) * itemsize * (1 + gated)
+    piece = min(k, 4096 if k % 4096 == 0 else 2048)
+    row = -(-k // piece) * piece * itemsize * (1 + gated)
     ring = (tile.stages - 1) * tile.rows * row
     assert 64 << 10 <= ring <= 96 << 10  # of 227 KiB
 
@@ -91,10 +92,13 @@ def test_what_is_worth_it() -> None:
         (4096, 4096, False, StreamedTile(rows=2, stages=4, warps=8, programs=528)),
         (12288, 4096, True, StreamedTile(rows=1, stages=7, warps=8, programs=264)),
         (4096, 12288, False, StreamedTile(rows=1, stages=5, warps=4, programs=264)),
+        (3072, 4096, False, StreamedTile(rows=2, stages=4, warps=8, programs=528)),
+        (6144, 4096, True, StreamedTile(rows=1, stages=7, warps=8, programs=264)),
+        (4096, 6144, False, StreamedTile(rows=1, stages=5, warps=8, programs=528)),
     ],
 )
 def test_tiles_of_a_layer_are_those_measured(outputs, k, gated, tile) -> None:
-    """Of Qwen3-8B."""
+    """Of Qwen3-8B, and of one of two ranks."""
     assert tile_of(1, outputs, k, gated=gated, itemsize=2) == tile
 
 

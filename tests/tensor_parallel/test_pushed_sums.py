@@ -107,11 +107,11 @@ class Noting(Ops):
         self.kept += [total, norm_weight, normed]
 
 
-@pytest.mark.parametrize("case", ["pushed", "not pushed", "no norm is named", "quantised"])
+@pytest.mark.parametrize("case", ["pushed", "not pushed", "no norm is named", "quantised", "bias"])
 def test_what_a_layer_asks_of_its_group(case: str) -> None:
     group = Group(case != "not pushed")
     method = type("Other", (Unquantised,), {})() if case == "quantised" else None
-    layer = RowParallelLinear("o", 16, 8, bias=True, place=group, method=method)  # type: ignore[arg-type]
+    layer = RowParallelLinear("o", 16, 8, bias=case == "bias", place=group, method=method)  # type: ignore[arg-type]
     norm = RMSNorm(8, EPS, place=group)  # type: ignore[arg-type]
     generator = torch.Generator().manual_seed(3)
     for parameter in (*layer.parameters(), *norm.parameters()):

@@ -12,8 +12,6 @@ are those of `nanoengine bench throughput`. "step" is the time of a pass over it
 prompts' time included; "bytes" what a decode step must read at least: all weights but the embedding, and K and V of
 the mean context. "limit" is the time of a pass in which the weights of each step are read once, or multiplied (eight-
 bit products at twice the speed of bfloat16 ones, others at that), and K and V are read once.
-
-Only graphs of 1 and 256 rows are captured, so that engines start quickly.
 """
 
 from __future__ import annotations
@@ -33,14 +31,12 @@ import torch
 from torch import nn
 
 from nanoengine import LLM
-from nanoengine.core.execution.step_inputs import StepSize
 from nanoengine.lab.bench.report import environment
 from nanoengine.lab.bench.roofline import Limits
 from nanoengine.lab.bench.session import one_pass
 from nanoengine.lab.bench.shapes import SHAPES, Shape
 from nanoengine.lab.bench.timing import measured_limits
 from nanoengine.lab.bench.workloads import WORKLOADS, Workload, uniform
-from nanoengine.setup.start import graph_sizes
 
 MODULES = (
     "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
@@ -110,14 +106,14 @@ def measure(case: str, shape: Shape, workloads: list[Workload], passes: int, lim
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "config.json").write_text(json.dumps(config_of(case, shape)))
         rows = max(len(each.prompts) for each in workloads)
-        options = {"max_model_len": 4096, "max_num_seqs": rows, "graph_mixed_steps": False, **options_of(case)}
+        options = {"max_model_len": 4096, "max_num_seqs": rows, **options_of(case)}
         with LLM(folder, load_format="dummy", **options) as llm:
             runner = llm.engine._executor.runner  # type: ignore[attr-defined]
             if case.startswith("q4_k") and runner.device.type == "cuda":
                 fill_blocks(runner.model)
             weights, kv_byte = weight_bytes(runner.model), 132 / 128 if case.startswith("kv") else 2.0
             for work in workloads:
-                one_pass(llm, uniform(len(work.prompts), len(work.prompts[0]), 12))  # compiles what is not in graphs
+                one_pass(llm, work)  # compiles and captures what its steps need
                 seconds = [one_pass(llm, work) for _ in range(passes)]
                 yield row_of(case, shape, work, seconds, weights, kv_byte, limits)
 
@@ -164,8 +160,6 @@ def main() -> None:
     shape, workloads = SHAPES[args.shape], [WORKLOADS[name]() for name in args.workload]
     if args.check:
         shape, workloads = SHAPES["tiny"], [uniform(1, 8, 4), uniform(2, 8, 4)]
-    sizes = tuple(StepSize(len(each.prompts)) for each in workloads)
-    graph_sizes.decode_sizes = lambda _: sizes
     limits = measured_limits(2) if torch.cuda.is_available() else None
     header, rows = environment(), list[Row]()
     print(header["gpu"], "torch", header["torch"], "triton", header["triton"], shape.name, flush=True)

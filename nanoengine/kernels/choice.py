@@ -7,10 +7,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 KernelName = Literal[
-    "attention_codes", "attention_prefill_gluon", "attention_slices", "attention_slices_beside", "eight_bit_streamed",
-    "int4_gluon", "int4_tiles", "mask_in_scan", "masks_beside", "matvec_streamed", "products_wide", "sums_pushed",
+    "attention_code_slices", "attention_codes", "attention_prefill_gluon", "attention_slices",
+    "attention_slices_beside", "eight_bit_streamed", "int4_gluon", "int4_tiles", "mask_in_scan", "masks_beside",
+    "matvec_streamed", "products_wide", "sums_pushed",
 ]  # fmt: skip
 KERNELS: Mapping[KernelName, bool] = {
+    # many rows with K and V in eight bits, from qkv, in slices of keys on Hopper GPUs; else in tiles, behind a store
+    "attention_code_slices": True,
     "attention_codes": True,  # K and V in eight bits by wgmma on Hopper GPUs; else by the decode kernel in Triton
     "attention_prefill_gluon": True,  # prompts by warps with roles on Hopper GPUs; else by the kernel in Triton
     "attention_slices": True,  # decode from qkv by a softmax over many keys at once on Hopper GPUs; else tile by tile

@@ -30,7 +30,7 @@ from nanoengine.kernels.paged_attention_plan import DecodeConfig, DecodeScratch
 from nanoengine.kernels.pdl_triton import release_dependents, wait_for_inputs
 from nanoengine.kernels.split_k_triton import come
 
-_TYPES = {torch.float8_e4m3fn: gl.float8e4nv, torch.int8: gl.int8}
+TYPES = {torch.float8_e4m3fn: gl.float8e4nv, torch.int8: gl.int8}
 _LOG2E = gl.constexpr(1.4426950408889634)
 _HEAD = 128
 _D = gl.constexpr(_HEAD)
@@ -61,17 +61,17 @@ mov.b32 one, 0x3C003C00;
 mov.b32 off, 0xE480E480;
 fma.rn.f16x2 $0, a, one, off;
 }}"""
-_FP8_EVEN, _FP8_ODD = (gl.constexpr(_FP8_AT.format(bytes=bytes_)) for bytes_ in ("0x0020", "0x0031"))
-_INT8_EVEN, _INT8_ODD = (gl.constexpr(_INT8_AT.format(bytes=bytes_)) for bytes_ in ("0x4240", "0x4341"))
+FP8_EVEN, FP8_ODD = (gl.constexpr(_FP8_AT.format(bytes=bytes_)) for bytes_ in ("0x0020", "0x0031"))
+INT8_EVEN, INT8_ODD = (gl.constexpr(_INT8_AT.format(bytes=bytes_)) for bytes_ in ("0x4240", "0x4341"))
 
 
 @gluon.jit
-def _halves(words, asm: gl.constexpr):
+def halves(words, asm: gl.constexpr):
     return gl.inline_asm_elementwise(asm, "=r,r", [words], dtype=gl.float16, is_pure=True, pack=2)
 
 
 @gluon.jit
-def _lines(table, columns, kv_head, start, KV_HEADS: gl.constexpr, BLOCK: gl.constexpr, TILE: gl.constexpr,
+def lines_of(table, columns, kv_head, start, KV_HEADS: gl.constexpr, BLOCK: gl.constexpr, TILE: gl.constexpr,
            LAYOUT: gl.constexpr):  # fmt: skip
     """int32 [TILE]: where keys from `start` on lie, counted in heads of tokens; anything behind the row's end."""
     keys = start + gl.arange(0, TILE, layout=LAYOUT)
@@ -197,8 +197,8 @@ def _decode_codes_kernel(
     table = block_tables + row * table_stride
     many, ones = (), ()
     for i in gl.static_range(STAGES + 1):
-        many = many + (_lines(table, columns, kv_head, begin + i * TILE, KV_HEADS, BLOCK, TILE, copied),)
-        ones = ones + (_lines(table, columns, kv_head, begin + i * TILE, KV_HEADS, BLOCK, TILE, _ONE_EACH),)
+        many = many + (lines_of(table, columns, kv_head, begin + i * TILE, KV_HEADS, BLOCK, TILE, copied),)
+        ones = ones + (lines_of(table, columns, kv_head, begin + i * TILE, KV_HEADS, BLOCK, TILE, _ONE_EACH),)
     for i in gl.static_range(STAGES):  # the cache of earlier steps may be read before the wait; the newest key not
         start = begin + i * TILE
         if (start < end) & (start + TILE < length):
@@ -210,8 +210,8 @@ def _decode_codes_kernel(
         return
     start = begin + (count - 1) * TILE
     if (count <= STAGES) & (start + TILE >= length):
-        lines = _lines(table, columns, kv_head, start, KV_HEADS, BLOCK, TILE, copied)
-        line = _lines(table, columns, kv_head, start, KV_HEADS, BLOCK, TILE, _ONE_EACH)
+        lines = lines_of(table, columns, kv_head, start, KV_HEADS, BLOCK, TILE, copied)
+        line = lines_of(table, columns, kv_head, start, KV_HEADS, BLOCK, TILE, _ONE_EACH)
         _ask(cached, kept, count - 1, start, end, lines, line, TILE)
 
     head = gl.arange(0, N, layout=gl.SliceLayout(1, _QUERIES))[:, None]
@@ -255,9 +255,9 @@ def _decode_codes_kernel(
         shares.permute((1, 0)).store(share.to(gl.float16))
         fence_async_shared()
         if CODE == gl.int8:
-            evens, odds = _halves(words, _INT8_EVEN), _halves(words, _INT8_ODD)
+            evens, odds = halves(words, INT8_EVEN), halves(words, INT8_ODD)
         else:
-            evens, odds = _halves(words, _FP8_EVEN), _halves(words, _FP8_ODD)
+            evens, odds = halves(words, FP8_EVEN), halves(words, FP8_ODD)
         fade = gl.convert_layout(fade, gl.SliceLayout(0, mixed))[None, :]
         even *= fade
         odd *= fade
@@ -266,8 +266,8 @@ def _decode_codes_kernel(
         later = start + STAGES * TILE
         if later < end:  # every thread is done with this stage
             _ask(cached, kept, stage, later, end, lines, line, TILE)
-            lines = _lines(table, columns, kv_head, later + TILE, KV_HEADS, BLOCK, TILE, copied)
-            line = _lines(table, columns, kv_head, later + TILE, KV_HEADS, BLOCK, TILE, _ONE_EACH)
+            lines = lines_of(table, columns, kv_head, later + TILE, KV_HEADS, BLOCK, TILE, copied)
+            line = lines_of(table, columns, kv_head, later + TILE, KV_HEADS, BLOCK, TILE, _ONE_EACH)
         async_copy.commit_group()
         even, odd = warpgroup_mma_wait(0, deps=(even, odd))
 
@@ -319,7 +319,7 @@ def attend_codes(
     _decode_codes_kernel[(kv_heads, rows, config.splits)](
         q, k_cache.view(torch.int16), v_cache.view(torch.int16), *scales, out, block_tables, seq_lens,
         scratch.part, scratch.lse, scratch.tickets, q.stride(0), block_tables.stride(0), block_tables.shape[1],
-        max(1, config.min_tiles * config.tile // _TILE), CODE=_TYPES[k_cache.dtype],
+        max(1, config.min_tiles * config.tile // _TILE), CODE=TYPES[k_cache.dtype],
         PARTS=3 if q.dtype == torch.float16 and k_cache.dtype != torch.int8 else 2,
         KV_HEADS=kv_heads, GROUP=group, N=max(8, triton.next_power_of_2(group)), BLOCK=block_size, TILE=_TILE,
         STAGES=_STAGES, SPLITS=config.splits, SCALE=scale, BESIDE=beside, num_warps=4, launch_pdl=True,

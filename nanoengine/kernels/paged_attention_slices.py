@@ -1,5 +1,5 @@
-"""How `paged_attention_slices_gluon` is laid out, by host-known facts alone. `paged_attention.attend_decode_qkv` is its
-reference."""
+"""How `paged_attention_slices_gluon` and `paged_attention_code_slices_gluon` are laid out, by host-known facts alone.
+`paged_attention.attend_decode_qkv` is their reference."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from nanoengine.kernels.paged_attention_plan import graph_rows
 HEAD, WARPS = 128, 4
 EMPTY = -1  # a word of scratch memory that nothing was written to: a NaN that no arithmetic gives
 _MOST_HEADS, _MOST_SPLITS = 8, 16
+_LONGEST_WHOLE = 32767  # keys of a row of eight-bit codes; longer rows are split by the other kernel
 _SHORT_TAIL = 1.7  # waves of programs: with fewer, and more than one, most multiprocessors wait for the others
 
 
@@ -66,6 +67,16 @@ def slices_config(rows: int, kv_heads: int, group: int, multiprocessors: int) ->
     if group <= 2 and 1 < waves < _SHORT_TAIL:
         return None
     return SlicesConfig(splits=1, keys=128 if waves <= 4 else 64, least=4)
+
+
+def code_slices_keys(kv_dtype: str, rows: int, kv_heads: int, longest: int, multiprocessors: int) -> int | None:
+    """Keys that a program of `paged_attention_code_slices_gluon` holds; None: another kernel is as fast, or it was not
+    measured. longest: the most keys of a row, which no programs share here."""
+    pairs = rows * kv_heads
+    if pairs <= 3 * multiprocessors or longest > _LONGEST_WHOLE:
+        return None
+    # Six programs with 128 keys fill a multiprocessor, or eight with 64 of float8.
+    return 128 if pairs <= 6 * multiprocessors or kv_dtype == "int8" else 64
 
 
 @dataclass(frozen=True, slots=True)

@@ -93,7 +93,7 @@ def _ask(cache, kept, lines, first, end, KEYS: gl.constexpr):
 
 
 @gluon.jit
-def _turned(raw, swapped, weight, swapped_weight, cos, sin, squares, eps, NORM: gl.constexpr):
+def turned(raw, swapped, weight, swapped_weight, cos, sin, squares, eps, NORM: gl.constexpr):
     """Heads, normalised where there is a norm, and rotated; as in `paged_attention_decode_triton`. squares: their sums
     of squares."""
     a, b = raw.to(gl.float32), swapped.to(gl.float32)
@@ -206,20 +206,20 @@ def _decode_slices_kernel(
         new_raw, new_swapped, new_value = gl.load(last + e), gl.load(last + swap), gl.load(last + KV_HEADS * _D + e)
         new_mixed = gl.load(last + KV_HEADS * _D + d, mask=(d >= 0) & newest, other=0.0).to(gl.float32)
         squares = gl.sum(raw.to(gl.float32) * raw.to(gl.float32), 1)[:, None]
-        turned = _turned(
+        heads_turned = turned(
             raw, swapped, weight[None, :], swapped_weight[None, :], cos[None, :], sin[None, :], squares, eps, NORM
         )
-        query.store(turned)
+        query.store(heads_turned)
         async_copy.wait_group(1)
         fence_async_shared()
         asked = warpgroup_mma(keys, query.permute((1, 0)), nothing, use_acc=False, is_async=True)
         square = gl.sum(new_raw.to(gl.float32) * new_raw.to(gl.float32), 0)
-        new_key = _turned(new_raw, new_swapped, new_weight, new_swapped_weight, cos, sin, square, eps, NORM)
+        new_key = turned(new_raw, new_swapped, new_weight, new_swapped_weight, cos, sin, square, eps, NORM)
         new_at = ((slot // BLOCK * KV_HEADS + kv_head) * BLOCK + slot % BLOCK) * _D + e
         stored = (e >= 0) & newest & (slot >= 0)
         gl.store(k_cache + new_at, new_key, mask=stored)
         gl.store(v_cache + new_at, new_value, mask=stored)
-        new_score = gl.sum(turned.to(gl.float32) * new_key.to(gl.float32)[None, :], 1) * (SCALE * _LOG2E)
+        new_score = gl.sum(heads_turned.to(gl.float32) * new_key.to(gl.float32)[None, :], 1) * (SCALE * _LOG2E)
         score = gl.where(newest, gl.convert_layout(new_score, gl.SliceLayout(0, scored)), float("-inf"))
         scores = warpgroup_mma_wait(0, deps=(asked,))
     else:

@@ -262,6 +262,47 @@ def test_one_kernel_rotates_and_stores_codes(kv_dtype: str, rows: list[tuple[int
     assert ours._kv.float().abs().sum() > 0
 
 
+@needs_triton
+@EACH
+@pytest.mark.parametrize("on", [True, False])
+def test_many_rows_of_qkv_go_to_slices_where_they_are_on(
+    kv_dtype: str, on: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And elsewhere, or without the kernel, to one that stores and one that attends."""
+    from nanoengine.plugins.attention_backends import triton_paged
+
+    asked, runs = list[str](), triton_paged.runs_gluon
+    monkeypatch.setattr(triton_paged, "runs_gluon", lambda *given: asked.append(given[2]) or runs(*given))
+    case = Case(rows=[(1, 40)], kv_dtype=kv_dtype, block_size=16)
+    if DEVICE == "cuda":
+        rows, sizes = [(1, 1 + 7 * n) for n in range(100)], {"heads": 16, "kv_heads": 8, "head_size": 128}
+        case = Case(rows=rows, kv_dtype=kv_dtype, block_size=16, dtype=torch.bfloat16, device=DEVICE, **sizes)
+    kernels = KernelChoice.of({"attention_code_slices": on})
+    monkeypatch.setattr(Case, "kv_spec", replace(case.kv_spec, kernels=kernels))
+    ours, want = (cls(case.kv_spec, case.limits, torch.device(DEVICE)) for cls in (TritonPaged, StoresAsTheReference))
+    inv_freq = 100.0 ** -torch.linspace(0, 1, case.head_size // 2, device=DEVICE)
+    rotation, inputs = Rotation(inv_freq=inv_freq), case.inputs()
+    keys, values = torch.cat(case.keys), torch.cat(case.values)
+    for backend in (ours, want):
+        backend.allocate(1, case.num_blocks)
+        slots = torch.tensor([slot for row in range(len(case.rows)) for slot in case.slots(row)], device=DEVICE)
+        backend.fill(replace(inputs, slot_mapping=slots))
+        backend.store(0, *(each.to(case.dtype).to(DEVICE) for each in (keys, values)))
+        backend.fill(inputs)
+    q, k, v = case.step_qkv()
+    found = ours.attend_qkv(0, case.spec, torch.cat([q, k, v], 1).flatten(1), rotation, None)
+    expected = want.forward(0, case.spec, *(_rotated(each, inputs.positions, rotation) for each in (q, k)), v)
+    assert asked == ["paged_attention_code_slices_gluon"] * on
+    assert found is not None
+    off = 0.03 if kv_dtype == "int8" or DEVICE == "cuda" else 0.5  # the interpreter rounds to float8 otherwise
+    torch.testing.assert_close(found, expected, rtol=0, atol=off)
+    assert ours._scales is not None
+    assert want._scales is not None
+    torch.testing.assert_close(ours._scales, want._scales, rtol=1e-5, atol=0)
+    step = 1.0 if kv_dtype == "int8" else 64.0
+    torch.testing.assert_close(ours._kv.float(), want._kv.float(), rtol=0, atol=step)
+
+
 def _rotated(x: Tensor, positions: Tensor, rotation: Rotation) -> Tensor:
     angles = (positions.float().unsqueeze(1) * rotation.inv_freq).unsqueeze(1)
     return rotate(x, angles.cos(), angles.sin(), rotation.interleaved)

@@ -31,6 +31,7 @@ from nanoengine.kernels import (
     matmul_triton,
     matmul_wide_gluon,
     matvec_streamed_triton,
+    paged_attention_code_slices_gluon,
     paged_attention_codes_gluon,
     paged_attention_decode_triton,
     paged_attention_prefill_gluon,
@@ -41,9 +42,10 @@ from nanoengine.kernels import experts_few_triton as few
 from nanoengine.kernels import experts_grouped_triton as grouped
 from nanoengine.kernels import paged_attention_several_triton as several
 from nanoengine.kernels.gguf import BLOCK_TYPES
+from nanoengine.kernels.kv_quant import KV_DTYPES, LARGEST
 from nanoengine.kernels.matmul import matmul_tile
 from nanoengine.kernels.paged_attention_plan import beside_products, fused_config, several_config
-from nanoengine.kernels.paged_attention_slices import WARPS, SlicesConfig, slices_config
+from nanoengine.kernels.paged_attention_slices import WARPS, SlicesConfig, code_slices_keys, slices_config
 
 EXPERTS, TOP_K, HIDDEN, INNER = 128, 8, 2048, 768
 TOOL = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -181,14 +183,14 @@ def from_qkv(longest: int) -> dict[str, Any]:
 
 def codes(kind: str, group: int) -> dict[str, Any]:
     """Attention over K and V in eight bits, 256 rows."""
-    by_gluon, stored = paged_attention_codes_gluon, {"fp8": torch.float8_e4m3fn, "int8": torch.int8}[kind]
+    by_gluon, stored = paged_attention_codes_gluon, KV_DTYPES[kind]
     types = {
         "*bf16": ("q", "out"), "*i16": ("k_words", "v_words"), "*fp32": ("k_scales", "v_scales", "part", "lse"),
         "*i32": ("block_tables", "seq_lens", "tickets"), "stride": ("q_stride", "table_stride"),
         "i32": ("columns", "min_tiles"),
     }  # fmt: skip
     constants = {
-        "CODE": by_gluon._TYPES[stored], "PARTS": 2, "KV_HEADS": 8, "GROUP": group, "N": 8, "BLOCK": 16,
+        "CODE": by_gluon.TYPES[stored], "PARTS": 2, "KV_HEADS": 8, "GROUP": group, "N": 8, "BLOCK": 16,
         "TILE": by_gluon._TILE, "STAGES": by_gluon._STAGES, "SPLITS": 1, "SCALE": 0.1, "BESIDE": False,
     }  # fmt: skip
     given = {name: type_ for type_, names in types.items() for name in names}
@@ -208,6 +210,22 @@ def slices(config: SlicesConfig, group: int, *, fused: bool = True) -> dict[str,
     }  # fmt: skip
     given = {name: type_ for type_, names in types.items() for name in names}
     return compiled(paged_attention_slices_gluon._decode_slices_kernel, given, constants, WARPS)
+
+
+def code_slices(kind: str, group: int, keys: int) -> dict[str, Any]:
+    """Attention of one query a row, from qkv, over K and V in eight bits."""
+    by_gluon, stored = paged_attention_code_slices_gluon, KV_DTYPES[kind]
+    types = {
+        "*bf16": ("qkv", "out", "q_weight", "k_weight"), "*i16": ("k_words", "v_words"), "*i64": ("slots",),
+        "*fp32": ("k_scales", "v_scales", "inv_freq"), "*i32": ("block_tables", "seq_lens"), "fp32": ("eps",),
+        "stride": ("qkv_stride", "table_stride"), "i32": ("columns",),
+    }  # fmt: skip
+    constants = {
+        "CODE": by_gluon.TYPES[stored], "LARGEST": LARGEST[kind], "NORM": True, "KV_HEADS": 8, "GROUP": group,
+        "N": max(8, 2 * group), "LIVE": 2 * group, "BLOCK": 16, "KEYS": keys, "SCALE": 0.1,
+    }  # fmt: skip
+    given = {name: type_ for type_, names in types.items() for name in names}
+    return compiled(by_gluon._decode_code_slices_kernel, given, constants, WARPS)
 
 
 def prompts(tokens: int) -> dict[str, Any]:
@@ -408,6 +426,10 @@ def main() -> None:
         found[f"from qkv, {stages} stages"] = from_qkv(longest)
     for kind, group in (("fp8", 2), ("int8", 2), *(("fp8", 8),) * every):
         found[f"codes {kind}, {group} heads"] = codes(kind, group)
+    for kind, group in (("fp8", 2), ("int8", 2), *(("fp8", 4),) * every):
+        keys = code_slices_keys(kind, 256, 8, 4096, 132)
+        assert keys is not None
+        found[f"slices of {kind}, {group} heads"] = code_slices(kind, group, keys)
     for rows in (1, 256, *(8, 16) * every):
         config = slices_config(rows, 8, 2, 132)
         assert config is not None

@@ -154,6 +154,7 @@ def fragments(every: bool) -> Iterator[Launch]:
 
 
 def caches(every: bool) -> Iterator[Launch]:
+    from nanoengine.kernels import paged_attention_code_slices_gluon as by_slices
     from nanoengine.kernels import paged_attention_codes_gluon as by_gluon
     from nanoengine.kernels import paged_attention_triton as attention
     from nanoengine.kernels.kv_quant import KV_DTYPES
@@ -197,6 +198,9 @@ def caches(every: bool) -> Iterator[Launch]:
                 q_weight=norm, k_weight=norm, eps=1e-6, scales=by_token,
             ),
         )  # fmt: skip
+        tokens = attention.NewTokens(slots=slots, inv_freq=rand(64, dtype=torch.float32), q_weight=norm, k_weight=norm)
+        launch = partial(by_slices.attend_code_slices, qkv, cache, cache, scales, *read[3:], tokens, scale=0.1)
+        yield f"{name} decode by slices", partial(launch, keys=64 if rows == 1 else 128)
         new = rand(rows, kv_heads, size)
         yield f"{name} store", partial(attention.store_kv, new, new, cache, cache, slots, scales)
 

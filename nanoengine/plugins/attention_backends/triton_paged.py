@@ -28,7 +28,7 @@ from nanoengine.api import (
     StepInputs,
 )
 from nanoengine.kernels.choice import BY_DEFAULT
-from nanoengine.kernels.gluon import runs_gluon
+from nanoengine.kernels.gluon import multiprocessors, runs_gluon
 from nanoengine.kernels.kv_quant import KV_DTYPES, stored_bytes
 
 if TYPE_CHECKING:
@@ -94,6 +94,7 @@ class TritonPaged(AttentionBackend):
         self._by_slices, self._beside_slices = (
             kernels.has(name) for name in ("attention_slices", "attention_slices_beside")
         )
+        self._by_code_slices = kernels.has("attention_code_slices")
         self._slices_planners: dict[int, SlicesPlanner] = {}  # by number of query heads
 
     def _longest(self) -> int:
@@ -200,21 +201,29 @@ class TritonPaged(AttentionBackend):
         self, layer: int, spec: AttentionLayerSpec, qkv: Tensor, rotation: Rotation, norms: HeadNorms | None
     ) -> Tensor | None:
         """For steps of single tokens only, and for numbers of rows at which one kernel is faster than two. Where the
-        cache has codes, one kernel puts them there and another attends, in every step."""
+        cache has codes, other steps have one kernel that puts them there and another that attends."""
         inputs = self._inputs
         assert inputs is not None, "fill comes first"
         if spec.extras:  # a subclass's features are in its `attend`
             return None
-        if self._scales is not None:
+        coded, rows, plain = self._scales is not None, len(qkv), not rotation.interleaved and rotation.magnitude == 1
+        plain = plain and inputs.decode_query_len == 1 and rows == inputs.num_decode_rows
+        new, out = None, None
+        if plain and 2 * len(rotation.inv_freq) == spec.head_size:
+            new = self._kernels.NewTokens(
+                slots=inputs.slot_mapping, inv_freq=rotation.inv_freq, q_weight=norms.q if norms else None,
+                k_weight=norms.k if norms else None, eps=norms.eps if norms else 0.0,
+            )  # fmt: skip
+        if new is not None:
+            out = self._attend_codes(layer, spec, qkv, new) if coded else self._attend_new(layer, spec, qkv, new)
+        if out is None and coded:
             return self.attend(layer, spec, self._stored(layer, qkv, rotation, norms))
-        rows, plain = len(qkv), not rotation.interleaved and rotation.magnitude == 1
-        plain = plain and inputs.decode_query_len == 1
-        if rows != inputs.num_decode_rows or not plain or 2 * len(rotation.inv_freq) != spec.head_size:
-            return None
-        new = self._kernels.NewTokens(
-            slots=inputs.slot_mapping, inv_freq=rotation.inv_freq, q_weight=norms.q if norms else None,
-            k_weight=norms.k if norms else None, eps=norms.eps if norms else 0.0,
-        )  # fmt: skip
+        return out
+
+    def _attend_new(self, layer: int, spec: AttentionLayerSpec, qkv: Tensor, new: NewTokens) -> Tensor | None:
+        """`attend_qkv` of a cache in the model's dtype."""
+        inputs, rows = self._inputs, len(qkv)
+        assert inputs is not None
         out = torch.empty(rows, spec.num_heads, spec.head_size, dtype=qkv.dtype, device=qkv.device)
         if self._by_slices and self._attend_slices(layer, spec, qkv, out, new):
             return out
@@ -227,6 +236,28 @@ class TritonPaged(AttentionBackend):
             scale=spec.scale, window=spec.window, soft_cap=spec.soft_cap, config=config, scratch=planner.scratch,
             sinks=spec.sinks, new=new,
         )  # fmt: skip
+        return out
+
+    def _attend_codes(self, layer: int, spec: AttentionLayerSpec, qkv: Tensor, new: NewTokens) -> Tensor | None:
+        """`attend_qkv` of a cache of codes; None: there is no such kernel for this machine, this layer or this number
+        of rows."""
+        name, slower = "paged_attention_code_slices_gluon", "K and V in eight bits are read by a slower kernel"
+        plain, scales = spec.window is None and spec.soft_cap is None and spec.sinks is None, self._scales_of(layer)
+        if not (self._by_code_slices and plain and runs_gluon(self.device, slower, name)):
+            return None
+        from nanoengine.kernels import paged_attention_code_slices_gluon as by_gluon
+        from nanoengine.kernels.paged_attention_slices import code_slices_keys
+
+        inputs, (k_cache, v_cache), rows = self._inputs, self._kv[layer], len(qkv)
+        assert inputs is not None and scales is not None
+        processors, kv = multiprocessors(self.device), self.spec
+        keys = code_slices_keys(kv.kv_dtype, rows, kv.num_kv_heads, self._longest(), processors)
+        if keys is None or not by_gluon.takes(qkv, k_cache, spec.num_heads // spec.num_kv_heads, keys):
+            return None
+        out = torch.empty(rows, spec.num_heads, spec.head_size, dtype=qkv.dtype, device=qkv.device)
+        by_gluon.attend_code_slices(
+            qkv, k_cache, v_cache, scales, out, inputs.block_tables, inputs.seq_lens, new, scale=spec.scale, keys=keys
+        )
         return out
 
     def _attend_slices(

@@ -278,7 +278,8 @@ def test_few_rows_of_qkv_go_to_slices_where_they_are_on(on: bool, monkeypatch: p
     if DEVICE == "cuda":
         rows, sizes = [(1, n) for n in (40, 300, 1, 513)], {"heads": 16, "kv_heads": 8, "head_size": 128}
         tried = case(rows, dtype=torch.bfloat16, max_model_len=4096, **sizes)
-    monkeypatch.setattr(Case, "kv_spec", replace(tried.kv_spec, kernels=KernelChoice.of({"attention_slices": on})))
+    kernels = KernelChoice.of({"attention_slices": on, "attention_slices_beside": False})
+    monkeypatch.setattr(Case, "kv_spec", replace(tried.kv_spec, kernels=kernels))
     (out, cache), (want, stored) = of_qkv(tried, TritonPaged), of_qkv(tried, Apart)
     torch.testing.assert_close(out, want, rtol=0.02, atol=0.02 if DEVICE == "cuda" else 2e-5)
     torch.testing.assert_close(cache, stored, rtol=0.02, atol=0.02 if DEVICE == "cuda" else 2e-5)

@@ -35,7 +35,7 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any
 
 def test_nothing_is_spilled(kernels: dict[str, dict[str, Any]]) -> None:
     """But six words of a kernel that holds 96 registers of weight a thread: measured, it is the fastest."""
-    assert len(kernels) == (69 if EVERY else 54)
+    assert len(kernels) == (70 if EVERY else 55)
     for name, kernel in kernels.items():
         # a rotation by a large angle takes 32 bytes of its own
         assert kernel["STACK"] <= (

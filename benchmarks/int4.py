@@ -32,7 +32,7 @@ import triton
 from torch import Tensor
 
 from nanoengine.kernels import int4_triton
-from nanoengine.kernels.int4 import Int4Weight, dequantise
+from nanoengine.kernels.int4 import Int4Weight, dequantise, fits_tiles, in_tiles
 from nanoengine.kernels.int4_launch import int4_linear
 from nanoengine.kernels.int4_triton import Int4Tile
 from nanoengine.kernels.ops import TritonOps
@@ -81,7 +81,8 @@ class Case:
         self.x, self.add = rand(rows, shape.k), rand(rows, shape.outputs) if shape.added else None
         self.tickets = tickets_on(DEVICE)
         count = 1 if few else copies(shape.n * shape.k // 2, DEVICE)
-        self.weights = [random_weight(shape, zeros=zeros) for _ in range(count)]
+        self.plain = random_weight(shape, zeros=zeros)
+        self.weights = [kept(random_weight(shape, zeros=zeros)) for _ in range(count)]
 
     def ours(self, weight: Int4Weight, tile: Int4Tile | None = None) -> Tensor:
         gate = "silu" if self.shape.gated else None
@@ -113,9 +114,9 @@ class Case:
 
     def off(self) -> float:
         """Relative error of our product, of a few lines."""
-        weight = self.weights[0].rows(slice(0, min(256, self.shape.n)))
+        weight = self.plain.rows(slice(0, min(256, self.shape.n)))
         want = self.x.float() @ dequantise(weight).t()
-        got = int4_linear(self.x, weight, tickets=self.tickets)
+        got = int4_linear(self.x, kept(weight), tickets=self.tickets)
         return float((got.float() - want).norm() / want.norm())
 
 
@@ -131,6 +132,11 @@ def random_weight(shape: Shape, *, zeros: bool) -> Int4Weight:
     scales = 0.01 * torch.rand(shape.n, groups, device=DEVICE).half()
     zero = bytes_(shape.n, groups, below=16) if zeros else None
     return Int4Weight(bytes_(shape.n, shape.k // 2, below=256), scales, zero, GROUP)
+
+
+def kept(weight: Int4Weight) -> Int4Weight:
+    """As layers keep it."""
+    return in_tiles(weight) if fits_tiles(weight) else weight
 
 
 def tiles(shape: Shape, rows: int) -> Iterator[Int4Tile]:

@@ -8,7 +8,7 @@ from typing import Literal
 
 KernelName = Literal[
     "attention_code_slices", "attention_codes", "attention_prefill_gluon", "attention_slices",
-    "attention_slices_beside", "eight_bit_streamed", "int4_gluon", "int4_tiles", "mask_in_scan", "masks_beside",
+    "attention_slices_beside", "eight_bit_streamed", "int4_gluon", "mask_in_scan", "masks_beside",
     "matvec_streamed", "products_wide", "sums_pushed",
 ]  # fmt: skip
 KERNELS: Mapping[KernelName, bool] = {
@@ -20,8 +20,7 @@ KERNELS: Mapping[KernelName, bool] = {
     "attention_slices_beside": True,  # and decode beside prompts, from q
     # one row times a large FP8 weight by rings of shared memory, and quantised there; else by a kernel in front
     "eight_bit_streamed": True,
-    "int4_gluon": True,  # products of four bits by kernels for Hopper GPUs in Gluon; else by those in Triton
-    "int4_tiles": False,  # codes lie in tiles, as tensor cores take them for one row; else row by row
+    "int4_gluon": True,  # codes of four bits in tiles, for tensor cores; and Hopper's kernels in Gluon; else row by row
     "mask_in_scan": True,  # a captured draw masks and checks logits as it first reads them; else kernels in front of it
     "masks_beside": True,  # late masks are copied on a stream of their own; else on that of the steps
     "matvec_streamed": True,  # one row times a large weight by rings of shared memory on Hopper GPUs; else registers

@@ -1,10 +1,12 @@
-"""`int4.int4_linear` of up to 8 rows by tensor cores, each code cut in the registers into which it was loaded.
+"""`int4.int4_linear` of up to 8 rows and a weight in tiles by tensor cores, each code cut in the registers into which
+it was loaded.
 
 Gluon says where everything lies, which Triton does not: sixteen bytes that a thread loads of a row of the weight are
 its share of eight products of tensor cores (`mma.sync`, 16 rows of the weight x 16 inputs x 8 tokens), so codes pass
 through no shared memory, and two instructions cut two. Codes stand on 128 (bfloat16) or 1024 (float16); a product with
 ones says how much of a sum that, and the zero, was. Each warp of a program has a part of K, of whose codes it asks for
-as many as registers hold before it waits for the kernel in front; sums are joined in shared memory.
+as many as registers hold before it waits for the kernel in front; scales and zeros go to shared memory, and sums are
+joined there.
 
 Gluon has no interpreter: this is tested on a GPU, and compiled everywhere. `int4_triton` does the same without the
 order, for everything that this does not take.
@@ -20,11 +22,11 @@ import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.ampere import mma_v2
+from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
 from nanoengine.kernels.activation import Activation
 from nanoengine.kernels.int4 import Int4Weight
-from nanoengine.kernels.int4_parts_gluon import do, finish_tile, group_at, weight_rows, word_at, word_rows
+from nanoengine.kernels.int4_parts_gluon import do, finish_tile, weight_rows, word_at, word_rows
 from nanoengine.kernels.int4_product import Int4Product
 from nanoengine.kernels.matmul import Scaled
 
@@ -83,27 +85,51 @@ def _along(size: gl.constexpr, axis: gl.constexpr, LAYOUT: gl.constexpr):
 
 
 @gluon.constexpr_function
-def _scales_layout(warps, width, steps):
-    """Of [warps, rows of the weight, steps]: a thread has all steps of the rows of which it has sums."""
-    registers = [[0, 0, 1 << i] for i in range(steps.bit_length() - 1)]
-    registers += [[0, 8 << i, 0] for i in range((width // 8).bit_length() - 1)]
-    lanes = [[0, 0, 0], [0, 0, 0], [0, 1, 0], [0, 2, 0], [0, 4, 0]]
+def _tile_layout(warps):
+    """Of [warps, 16 scales of a tile]: a thread has those of the rows of which it has sums, which are neighbours."""
+    lanes = [[0, 0], [0, 0], [0, 2], [0, 4], [0, 8]]
     return gl.DistributedLinearLayout(
-        registers, lanes, [[1 << i, 0, 0] for i in range(warps.bit_length() - 1)], [], [warps, width, steps]
+        [[0, 1]], lanes, [[1 << i, 0] for i in range(warps.bit_length() - 1)], [], [warps, 16]
     )
 
 
 @gluon.jit
-def _each_step(values, LAYOUT: gl.constexpr):
-    """[warps, rows, steps] -> steps x [warps, rows]."""
-    warps: gl.constexpr = values.shape[0]
-    rows: gl.constexpr = values.shape[1]
-    steps: gl.constexpr = values.shape[2]
-    if steps == 1:
-        return (gl.convert_layout(gl.reshape(values, [warps, rows]), LAYOUT, assert_trivial=True),)
-    else:
-        a, b = gl.split(gl.permute(gl.reshape(values, [warps, rows, 2, steps // 2]), (0, 1, 3, 2)))
-        return _each_step(a, LAYOUT) + _each_step(b, LAYOUT)
+def _ask_for_groups(
+    ptr, WARPS: gl.constexpr, STEPS: gl.constexpr, CHUNK: gl.constexpr, N: gl.constexpr, K: gl.constexpr,
+    GROUP: gl.constexpr, BLOCK_N: gl.constexpr, GATED: gl.constexpr,
+):  # fmt: skip
+    """Has scales or zeros of all groups of a program's tile, or of its tiles of the gate and of up, copied to shared
+    memory: [steps of all tiles, warps, 16]."""
+    own: gl.constexpr = 16 // (ptr.dtype.element_ty.primitive_bitwidth // 8)
+    chunks: gl.constexpr = (2 if GATED else 1) * STEPS // CHUNK
+    lay: gl.constexpr = gl.BlockedLayout([1, own], [2 * own, 16 // own], [WARPS, 1], [1, 0])
+    kept = gl.allocate_shared_memory(
+        ptr.dtype.element_ty, [chunks, CHUNK * WARPS, 16], gl.SwizzledSharedLayout(own, 1, 1, [1, 0])
+    )
+    for c in gl.static_range(chunks):
+        i = c * (CHUNK * WARPS) + gl.arange(0, CHUNK * WARPS, layout=gl.SliceLayout(1, lay))
+        block = gl.minimum(i % WARPS * STEPS + i // WARPS % STEPS, K // 128 - 1)
+        tile = gl.program_id(0) * BLOCK_N // 16 + i // (STEPS * WARPS) * (N // 16)
+        at = (tile.to(gl.int64) * (K // GROUP) + block // (GROUP // 128)) * 16
+        ptrs = ptr + at[:, None] + gl.arange(0, 16, layout=gl.SliceLayout(0, lay))[None, :]
+        async_copy.async_copy_global_to_shared(kept.index(c), ptrs)
+    return kept._reinterpret(
+        ptr.dtype.element_ty, [chunks * CHUNK, WARPS, 16], gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+    )
+
+
+@gluon.jit
+def _of_step(kept, s, STEPS: gl.constexpr, BLOCK_N: gl.constexpr, GATED: gl.constexpr, LAYOUT: gl.constexpr):
+    """[warps, rows] of a step, of what `_ask_for_groups` copied."""
+    warps: gl.constexpr = kept.shape[1]
+    lay: gl.constexpr = _tile_layout(warps)
+    found = gl.reshape(kept.index(s).load(lay), [warps, 8, 2])
+    if GATED:
+        upper = gl.program_id(0) * BLOCK_N % 16 >= 8  # the rows of this program in tiles of 16
+        one, two = gl.split(found)
+        three, four = gl.split(gl.reshape(kept.index(STEPS + s).load(lay), [warps, 8, 2]))
+        found = gl.join(gl.where(upper, two, one), gl.where(upper, four, three))
+    return gl.convert_layout(gl.reshape(gl.permute(found, (0, 2, 1)), [warps, 16]), LAYOUT, assert_trivial=True)
 
 
 @gluon.jit
@@ -149,7 +175,6 @@ def _few_kernel(
     of_words: gl.constexpr = gl.DotOperandLayout(0, mma, 8)
     of_x: gl.constexpr = gl.DotOperandLayout(1, mma, 8)
     of_rows: gl.constexpr = gl.SliceLayout(2, mma)
-    of_scales: gl.constexpr = _scales_layout(WARPS, width, CHUNK)
     offset: gl.constexpr = 128.0 if x_ptr.dtype.element_ty == gl.bfloat16 else 1024.0
     if PDL:
         do("griddepcontrol.launch_dependents; // $0")
@@ -159,18 +184,11 @@ def _few_kernel(
     words = ()
     for s in gl.static_range(AHEAD):
         words += _words(word_ptrs, block + s, blocks, ragged, TILED)
-    scale_rows = weight_rows(_along(width, 1, of_scales), N, BLOCK_N, GATED)
-    scale_block = _along(WARPS, 0, of_scales) * STEPS + _along(CHUNK, 2, of_scales)
-    scales = ()
-    zeros = ()
-    for c in gl.static_range(STEPS // CHUNK):
-        at = scale_block + c * CHUNK
-        if ragged:
-            at = gl.minimum(at, blocks - 1)
-        at = group_at(scale_rows, at // (GROUP // 128), K // GROUP, TILED)
-        scales += _each_step(gl.load(scales_ptr + at), of_rows)
-        if HAS_ZEROS:
-            zeros += _each_step(gl.load(zeros_ptr + at), of_rows)
+    scales = _ask_for_groups(scales_ptr, WARPS, STEPS, CHUNK, N, K, GROUP, BLOCK_N, GATED)
+    zeros = scales
+    if HAS_ZEROS:
+        zeros = _ask_for_groups(zeros_ptr, WARPS, STEPS, CHUNK, N, K, GROUP, BLOCK_N, GATED)
+    async_copy.commit_group()
     if PDL:
         do("griddepcontrol.wait; // $0")
 
@@ -186,6 +204,7 @@ def _few_kernel(
         acc += gl.where(rows < 0, seen, 0.0)  # never, and the compiler cannot know
     ones = gl.full([WARPS, 16, 32], 1.0, x_ptr.dtype.element_ty, layout=of_words)
     x = _tokens(x_ptrs, there, x_block, blocks, ragged)
+    async_copy.wait_group(0)
     for s in gl.static_range(STEPS):
         if s + 1 < STEPS:
             next_x = _tokens(x_ptrs + (s + 1) * 128, there, x_block + (s + 1), blocks, ragged)
@@ -201,10 +220,11 @@ def _few_kernel(
             plain = mma_v2(ones, x[code], plain)
         if s + 1 < STEPS:
             x = next_x
+        scale = _of_step(scales, s, STEPS, BLOCK_N, GATED, of_rows)
         zero = 8.0
         if HAS_ZEROS:
-            zero = zeros[s].to(gl.float32)[:, :, None]
-        acc += scales[s].to(gl.float32)[:, :, None] * (sums - (offset + zero) * plain)
+            zero = _of_step(zeros, s, STEPS, BLOCK_N, GATED, of_rows).to(gl.float32)[:, :, None]
+        acc += scale.to(gl.float32)[:, :, None] * (sums - (offset + zero) * plain)
         if s + AHEAD < STEPS:
             words += _words(word_ptrs, block + (s + AHEAD), blocks, ragged, TILED)
             do("bar.warp.sync 0xffffffff; // $0")  # loads before it stay there
@@ -244,7 +264,8 @@ def product(
     out: Tensor | None = None,
     tile: FewTile | None = None,
 ) -> tuple[Tensor, Scaled | None]:
-    """As `int4_triton.product`."""
+    """As `int4_triton.product`, of a weight in tiles."""
+    assert weight.tiled
     values = x.values if isinstance(x, Scaled) else x
     n, k = weight.shape
     tile = tile or tile_for(n, k)

@@ -1,6 +1,6 @@
-"""Which kernel makes a product with weights of four bits: of one row that of tiles, if the weight is in tiles; on GPUs
-of compute capability 9.0, where they were measured, those in Gluon; else that in Triton. All read both layouts but that
-of tiles."""
+"""Which kernel makes a product with weights of four bits. Weights in tiles: one row is by `int4_tiles_triton`, others
+are by those in Gluon on GPUs of compute capability 9.0, where they were measured. All else is by `int4_triton`, which
+reads both layouts."""
 
 from __future__ import annotations
 
@@ -15,10 +15,8 @@ from nanoengine.kernels.gluon import runs_gluon
 from nanoengine.kernels.int4 import Int4Weight
 from nanoengine.kernels.matmul import Scaled
 
-_FEW, _MANY, _MOST = 8, 33, 512  # of rows; those in between were not measured in Gluon, or use too many registers
-_NARROW = 4096  # so few rows of a weight are as fast in Triton with up to 64 tokens
+_FEW, _MANY, _MOST = 8, 17, 512  # of rows; those in between are as fast in Triton
 _SLOWER = "weights of four bits run on slower kernels"
-_STEP = 128  # a group that is no multiple of it is a product of `int4_triton`
 
 
 def takes(x: Tensor, weight: Int4Weight, *, gluon: bool = True) -> bool:
@@ -42,7 +40,7 @@ def int4_linear(
 ) -> Tensor:
     """As `int4_triton.int4_linear`."""
     around: dict[str, Any] = {"eps": eps, "gate": gate, "add": add, "out": out}
-    found = _by_others(x, weight, bias, gluon, **around)
+    found = _by_others(x, weight, bias, gluon, tickets, **around)
     return int4_triton.int4_linear(x, weight, bias, tickets=tickets, **around) if found is None else found[0]
 
 
@@ -56,17 +54,22 @@ def product(
     **around: Any,
 ) -> tuple[Tensor, Scaled | None]:
     """As `int4_triton.product`."""
-    found = _by_others(x, weight, bias, gluon, **around)
+    found = _by_others(x, weight, bias, gluon, tickets, **around)
     return int4_triton.product(x, weight, bias, tickets=tickets, **around) if found is None else found
 
 
 def _in_gluon(weight: Int4Weight, dtype: torch.dtype) -> bool:
-    fits = weight.group % _STEP == 0 and dtype.itemsize == 2
-    return fits and runs_gluon(weight.codes.device, _SLOWER, "int4_few_gluon", "int4_many_gluon")
+    fits = weight.tiled and dtype.itemsize == 2
+    return fits and runs_gluon(weight.codes.device, _SLOWER, "int4_few_gluon", "int4_roles_gluon")
 
 
 def _by_others(
-    x: Tensor | Scaled, weight: Int4Weight, bias: Tensor | None, gluon: bool, **around: Any
+    x: Tensor | Scaled,
+    weight: Int4Weight,
+    bias: Tensor | None,
+    gluon: bool,
+    tickets: Tensor | None,
+    **around: Any,
 ) -> tuple[Tensor, Scaled | None] | None:
     """By another kernel than `int4_triton`; None: there is none for it."""
     values = x.values if isinstance(x, Scaled) else x
@@ -74,11 +77,10 @@ def _by_others(
         return int4_tiles_triton.product(x, weight, bias, **around)
     if not gluon or len(values) > _MOST or not _in_gluon(weight, values.dtype):
         return None
-    from nanoengine.kernels import int4_few_gluon, int4_many_gluon
+    from nanoengine.kernels import int4_few_gluon, int4_roles_gluon
 
     if len(values) <= _FEW:
         return int4_few_gluon.product(x, weight, bias, **around)
-    narrow = len(values) <= int4_triton.MAX_ROWS and weight.shape[0] <= _NARROW
-    if len(values) < _MANY or narrow or not int4_many_gluon.takes(values):
+    if len(values) < _MANY or not int4_roles_gluon.takes(values):
         return None
-    return int4_many_gluon.product(x, weight, bias, **around)
+    return int4_roles_gluon.product(x, weight, bias, tickets=tickets, **around)

@@ -10,7 +10,7 @@ from triton.experimental.gluon import language as gl
 from nanoengine.kernels import int4_triton
 from nanoengine.kernels.activation_triton import act_mul
 
-_act_mul = gluon.jit(act_mul.fn)
+act_and_mul = gluon.jit(act_mul.fn)
 word_rows, word_at = gluon.jit(int4_triton.word_rows.fn), gluon.jit(int4_triton.word_at.fn)
 group_at = gluon.jit(int4_triton.group_at.fn)
 
@@ -21,11 +21,12 @@ def do(asm: gl.constexpr):
 
 
 @gluon.jit
-def weight_rows(r, N: gl.constexpr, BLOCK_N: gl.constexpr, GATED: gl.constexpr):
-    """As `pick_rows`: row of the weight for each row of a tile; one too many reads the first, and is not written."""
-    n = gl.program_id(0) * BLOCK_N + r
+def rows_from(first, r, N: gl.constexpr, GATED: gl.constexpr):
+    """As `pick_rows`: row of the weight for each row of a tile whose first output is given; one too many reads the
+    first, and is not written."""
+    n = first + r
     if GATED:
-        n = gl.program_id(0) * BLOCK_N + r // 16 * 8 + r % 8
+        n = first + r // 16 * 8 + r % 8
     source = n
     if GATED:
         source = n + r // 8 % 2 * N
@@ -33,7 +34,13 @@ def weight_rows(r, N: gl.constexpr, BLOCK_N: gl.constexpr, GATED: gl.constexpr):
 
 
 @gluon.jit
-def _load_if(WANTED: gl.constexpr, ptrs, mask):
+def weight_rows(r, N: gl.constexpr, BLOCK_N: gl.constexpr, GATED: gl.constexpr):
+    """`rows_from` of this program's tile."""
+    return rows_from(gl.program_id(0) * BLOCK_N, r, N, GATED)
+
+
+@gluon.jit
+def load_if(WANTED: gl.constexpr, ptrs, mask):
     if WANTED:
         return gl.load(ptrs, mask=mask, other=0.0).to(gl.float32)
     else:
@@ -41,7 +48,7 @@ def _load_if(WANTED: gl.constexpr, ptrs, mask):
 
 
 @gluon.constexpr_function
-def _output_layout(outputs, tokens, warps):
+def output_layout(outputs, tokens, warps):
     """Of [outputs, tokens]: neighbouring outputs, which are neighbours in memory, are a thread's or its neighbours'."""
     own = max(1, min(8, outputs * tokens // (32 * warps)))
     across = min(32, outputs // own)
@@ -56,7 +63,7 @@ def finish_tile(
     SQUARES: gl.constexpr, PARTS: gl.constexpr, NEXT: gl.constexpr,
 ):  # fmt: skip
     """As `split_k_triton.finish_tile`, of sums [rows of the weight, BLOCK_T] in any layout."""
-    lay: gl.constexpr = _output_layout(BLOCK_N, BLOCK_T, WARPS)
+    lay: gl.constexpr = output_layout(BLOCK_N, BLOCK_T, WARPS)
     if GATED:
         y, up = gl.split(gl.permute(gl.reshape(y, [BLOCK_N // 8, 2, 8, BLOCK_T]), (0, 2, 3, 1)))
         up = gl.convert_layout(gl.reshape(up, [BLOCK_N, BLOCK_T]), lay)
@@ -77,16 +84,16 @@ def finish_tile(
             up *= norm[None, :]
     in_n, in_t = n < N, t < rows
     mask = in_n[:, None] & in_t[None, :]
-    y += _load_if(HAS_BIAS, bias_ptr + n[:, None], in_n[:, None])
+    y += load_if(HAS_BIAS, bias_ptr + n[:, None], in_n[:, None])
     if GATED:
-        up += _load_if(HAS_BIAS, bias_ptr + N + n[:, None], in_n[:, None])
-        y = _act_mul(y, up, ACTIVATION)
-    y += _load_if(HAS_ADD, add_ptr + t.to(gl.int64)[None, :] * add_stride + n[:, None], mask)
+        up += load_if(HAS_BIAS, bias_ptr + N + n[:, None], in_n[:, None])
+        y = act_and_mul(y, up, ACTIVATION)
+    y += load_if(HAS_ADD, add_ptr + t.to(gl.int64)[None, :] * add_stride + n[:, None], mask)
     out = y.to(y_ptr.dtype.element_ty)
     to = t.to(gl.int64)[None, :] * y_stride + n[:, None]
     gl.store(y_ptr + to, out, mask=mask)
     if NEXT:
         wide = gl.where(mask, out.to(gl.float32), 0.0)
-        next_weight = _load_if(True, next_ptr + n, in_n)
+        next_weight = load_if(True, next_ptr + n, in_n)
         gl.store(scaled_ptr + to, (wide * next_weight[:, None]).to(out.dtype), mask=mask)
         gl.store(sums_ptr + gl.program_id(0) * rows + t, gl.sum(wide * wide, 0), mask=in_t)

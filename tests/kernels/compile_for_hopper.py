@@ -26,6 +26,7 @@ from nanoengine.kernels import (
     eight_bit_streamed_triton,
     eight_bit_tile_triton,
     gguf_triton,
+    int4_roles_gluon,
     int4_triton,
     matmul_gluon,
     matmul_triton,
@@ -40,6 +41,7 @@ from nanoengine.kernels import (
 )
 from nanoengine.kernels import experts_few_triton as few
 from nanoengine.kernels import experts_grouped_triton as grouped
+from nanoengine.kernels import int4_roles_copies_gluon as copies
 from nanoengine.kernels import paged_attention_several_triton as several
 from nanoengine.kernels.gguf import BLOCK_TYPES
 from nanoengine.kernels.kv_quant import KV_DTYPES, LARGEST
@@ -78,7 +80,7 @@ def compiled(
         command = [TOOL, "-res-usage", "-sass", file.name]
         told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     numbers = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", told)}
-    found = Counter(re.findall(r"\b(LDG\.E[.\w]*|LDGSTS[.\w]*|[HQI]GMMA|UTMALDG)\b", told))
+    found = Counter(re.findall(r"\b(LDG\.E[.\w]*|LDGSTS[.\w]*|[HQI]GMMA|UTMALDG|WARPGROUP\.DEPBAR)\b", told))
     in_front = made.asm["ttgir"].partition("scf.for")[0]
     early = {"copies": in_front.count("ttg.async_copy_global"), "waits": in_front.count("griddepcontrol.wait")}
     return {"shared": made.metadata.shared, "instructions": found, "in_front": early, **numbers}
@@ -386,6 +388,23 @@ def int4(rows: int, n: int, k: int) -> dict[str, Any]:
     return compiled(int4_triton._int4_kernel, given, constants, tile.warps)
 
 
+def int4_roles(rows: int, n: int, k: int) -> dict[str, Any]:
+    """The same of many rows, of Qwen3-8B, by warps with roles."""
+    tile, lines = int4_roles_gluon.tile_for(rows, n, k), 64
+    given = {**kinds(bf16="bias add y next scaled", i16="codes", u8="zeros", fp16="scales", i32="ticket")}
+    given |= kinds(fp32="part squares sums")
+    given |= {"rows": "i32", "eps": "fp32", "x_stride": "stride", "y_stride": "stride", "add_stride": "stride"}
+    given["x_desc"] = f"tensordesc<bf16[{tile.block_t}, 64],{copies.TOKENS.value!r}>"
+    given["codes_desc"] = f"tensordesc<i16[{lines // 16}, 16, 32],{copies.TILES.value!r}>"
+    constants = {
+        "N": n, "K": k, "GROUP": 128, "BLOCK_T": tile.block_t, "BLOCK_N": lines,
+        "STAGES": tile.stages, "CONSUMERS": tile.consumers, "SPLITS": tile.splits, "HAS_ZEROS": True, "TILED": True,
+        "GATED": False, "ACTIVATION": None, "HAS_BIAS": False, "HAS_ADD": True, "SQUARES": 64, "PARTS": 64,
+        "NEXT": True, "ASM": True, "PDL": True,
+    }  # fmt: skip
+    return compiled(int4_roles_gluon._roles_kernel, given, constants)
+
+
 def main() -> None:
     every = "--all" in sys.argv
     found = {"route": route(), "norm_router": norm_router(), "few gate_up": few_gate_up(), "few down": few_down(),
@@ -442,6 +461,7 @@ def main() -> None:
     found["gguf tiled Q4_K"] = gguf_tiled("Q4_K", 256)
     for rows in (1, 16, 64):
         found[f"int4 x{rows}"] = int4(rows, 4096, 4096)
+    found["int4 roles"] = int4_roles(256, 4096, 12288)
     json.dump(found, sys.stdout)
 
 

@@ -102,22 +102,20 @@ def int4(every: bool) -> Iterator[Launch]:
 
 
 def int4_for_hopper(every: bool) -> Iterator[Launch]:
-    """In Gluon, of both layouts, and in tiles."""
-    from nanoengine.kernels import int4_few_gluon, int4_many_gluon, int4_tiles_triton
+    """In tiles."""
+    from nanoengine.kernels import int4_few_gluon, int4_roles_gluon, int4_tiles_triton
     from nanoengine.kernels.int4 import Int4Weight
 
-    cases = product((1, 8, 64, 256), (True, False), (True, False))
-    some = ((1, True, False), (1, True, True), (8, True, True), (256, True, True))
-    for rows, zeros, tiled in cases if every else some:
-        few = int4_tiles_triton.product if tiled and rows == 1 else int4_few_gluon.product
-        made = few if rows <= 8 else int4_many_gluon.product
-        for n, k, gate in either(int(tiled), every or rows == 256):
+    cases = product((1, 8, 32, 64, 256, 512), (True, False))
+    for number, (rows, zeros) in enumerate(cases if every else ((1, False), (1, True), (8, True), (256, True))):
+        few = int4_tiles_triton.product if rows == 1 else int4_few_gluon.product
+        made = few if rows <= 8 else int4_roles_gluon.product
+        for n, k, gate in either(number, every):
             zero = rand(n, k // 128, dtype=torch.uint8) if zeros else None
-            w = Int4Weight(rand(n, k // 2, dtype=torch.uint8), rand(n, k // 128, dtype=torch.float16), zero, 128, tiled)
+            scales = rand(n, k // 128, dtype=torch.float16)
+            w = Int4Weight(rand(n, k // 2, dtype=torch.uint8), scales, zero, 128, tiled=True)
             around: dict[str, Any] = {"gate": gate} if gate else {"add": rand(rows, n), "next_norm": rand(n)}
-            if rows == 256 and gate:  # as of a weight of more rows
-                around["tile"] = int4_many_gluon.tile_for(rows, 24576)
-            yield f"int4 for Hopper x{rows} {n} x {k}, {tiled}", partial(made, rand(rows, k), w, **around)
+            yield f"int4 for Hopper x{rows} {n} x {k}", partial(made, rand(rows, k), w, **around)
 
 
 def gguf(every: bool) -> Iterator[Launch]:

@@ -116,7 +116,7 @@ def test_triton_kernels_agree(case: str, source: Path, tmp_path: Path) -> None:
     packed, _ = pack.write(source, tmp_path, config, tensors_of, config["group_size"], **how)
     generator = torch.Generator().manual_seed(1)
     with interpreted(), torch.no_grad():
-        fused_ops = TritonOps(kernels=KernelChoice.of({"int4_tiles": "one group" in case}))
+        fused_ops = TritonOps(kernels=KernelChoice.of({"int4_gluon": "one group" in case}))
         models = [loaded(config, packed, ops) for ops in (Ops(), fused_ops)]
         weights = [piece.linear.keywords["weight"] for each in linears(models[1]) for piece in each.method._pieces]
         assert [each.tiled for each in weights] == [

@@ -218,7 +218,7 @@ def _piece(layer: WeightLayer, number: int, rows: slice, weight: Int4Weight, ord
         )
     weight = replace(weight, codes=codes)
     triton, kernels = layer.ops.name == "triton", layer.ops.kernels
-    if triton and kernels.has("int4_tiles") and fits_tiles(weight) and has_products(codes.device):
+    if triton and kernels.has("int4_gluon") and fits_tiles(weight) and has_products(codes.device):
         weight = in_tiles(weight)
     zeros = None if weight.zeros is None else kept("zeros", weight.zeros)
     weight = replace(weight, codes=kept("codes", weight.codes), scales=kept("scales", weight.scales), zeros=zeros)

@@ -31,6 +31,7 @@ from nanoengine.kernels.cache_keys import make_key
 _MOST = 16
 _FEWEST_CORES = 4  # with fewer, their imports would take the time that they save
 _FEW = 12  # kernels that are not worth a start
+_MOMENT = 0.1  # seconds
 _LENGTH = struct.Struct("<Q")
 _DONE, _FAILED = b"+", b"-"
 _OFTEN = ("sampling_triton", "sampling_truncation_triton", "matmul_gluon", "matvec_triton")  # imported before the fork
@@ -117,8 +118,11 @@ class CompileProcesses:
                 while True:
                     self._free.get_nowait().close()
             if self._process is not None:
-                self._process.kill()  # each other one ends at the end of its connection
-                self._process.wait()
+                try:
+                    self._process.wait(_MOMENT)  # each other one ends at the end of its connection, and it behind them
+                except subprocess.TimeoutExpired:  # it imports, or one compiles
+                    self._process.kill()
+                    self._process.wait()
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,6 +252,7 @@ def _serve(descriptors: Sequence[int]) -> None:
     with suppress(ChildProcessError):
         while True:
             os.wait()
+    os._exit(0)  # at once: there is nothing to write
 
 
 if __name__ == "__main__":

@@ -8,7 +8,8 @@ import pytest
 
 pytest.importorskip("triton")
 
-from test_compile_ahead import there
+from test_compile_ahead import There
+from test_compile_ahead import there as there
 
 PROCESSES = """
 import time
@@ -24,7 +25,7 @@ processes.start()
 """
 
 
-def test_kernels_of_a_first_start_are_compiled_by_processes_which_end_with_it() -> None:
+def test_kernels_of_a_first_start_are_compiled_by_processes_which_end_with_it(there: There) -> None:
     out = there(f"""{PROCESSES}
 with compiling_ahead(processes):
     for kind in KINDS:
@@ -46,7 +47,7 @@ out = dict(ahead=ahead, later=hits[3:], ended=process.poll(), launched=len(launc
     assert out["launched"] == 3
 
 
-def test_they_start_by_themselves_where_kernels_are_many() -> None:
+def test_they_start_by_themselves_where_kernels_are_many(there: There) -> None:
     """Those that the cache has do not count."""
     out = there("""
 from nanoengine.kernels import compile_processes
@@ -68,7 +69,7 @@ out = [missed(KINDS[0]), missed(*KINDS[:2]), missed(*KINDS[:2]), missed(*KINDS, 
 
 
 @pytest.mark.parametrize("what", ["killed", "not started", "cannot be sent", "cannot be named"])
-def test_what_no_process_compiles_is_compiled_here(what: str) -> None:
+def test_what_no_process_compiles_is_compiled_here(there: There, what: str) -> None:
     spoilt = {
         "killed": "processes._process.kill(); processes._process.wait()",
         "not started": "processes = CompileProcesses(2)",
@@ -89,7 +90,7 @@ out = [ahead, len(launches)]
 
 
 @pytest.mark.parametrize("ours", [True, False])
-def test_keys_do_not_depend_on_what_was_launched_before(ours: bool) -> None:
+def test_keys_do_not_depend_on_what_was_launched_before(there: There, ours: bool) -> None:
     """Triton's own do: who mends that there will see the mutant survive."""
     seeds = [random.Random(n).random() for n in range(4)]
     out = there(f"""
@@ -118,7 +119,7 @@ out = [len(seen), len(found)]
 
 
 @pytest.mark.parametrize("ours", [True, False])
-def test_a_warm_start_finds_what_a_cold_one_compiled(ours: bool) -> None:
+def test_a_warm_start_finds_what_a_cold_one_compiled(there: There, ours: bool) -> None:
     """Which launched other kernels before."""
     out = there(f"""
 import contextlib
@@ -155,7 +156,7 @@ out = hits
     assert all(out) is ours
 
 
-def test_neither_torch_nor_triton_is_imported_to_start_them() -> None:
+def test_neither_torch_nor_triton_is_imported_to_start_them(there: There) -> None:
     out = there("""
 import subprocess
 code = "import sys, nanoengine.setup.start.wake; print('torch' in sys.modules or 'triton' in sys.modules)"

@@ -70,6 +70,7 @@ if TYPE_CHECKING:
 Message = Mapping[str, Any]
 Output = TypeVar("Output", RequestOutput, EmbeddingOutput)
 _log = logging.getLogger("nanoengine")
+ADDED_BESIDE = 8  # prompts between two looks at whether a step has ended, where others wait: they take a millisecond
 
 
 @names_keywords
@@ -477,7 +478,6 @@ class LLM(LLMSignature):
         done: dict[str, Output] = {}
         failed: list[RequestError] = []
         ids = [self._next_id() for _ in prompts]
-        config = self.engine.scheduler.config
         tokens = 0  # added since the last launch
         with Progress(len(ids), "prompts", "prompt", shown=use_tqdm) as bar:
 
@@ -490,8 +490,8 @@ class LLM(LLMSignature):
                 for i, (prompt, *_) in enumerate(prompts):
                     add(i, ids[i], sink)
                     tokens += len(prompt) if type(prompt) in (list, tuple) else 0
-                    if tokens >= config.max_num_batched_tokens and self.engine.scheduler.policy.by_arrival:
-                        self.engine.keep_busy()  # a full step; adding some thousand requests takes a while
+                    if self._step_is_due(i + 1, tokens):
+                        self.engine.keep_busy()  # adding some thousand requests takes a while
                         tokens = 0
                 while len(done) < len(ids) and not failed:
                     self.engine.advance()
@@ -505,6 +505,13 @@ class LLM(LLMSignature):
         outputs = [done[i] for i in ids]
         self._log_failed(outputs)
         return outputs
+
+    def _step_is_due(self, added: int, tokens: int) -> bool:
+        """While prompts are being added: whether there is a full step, or one that the next prompts cannot belong to,
+        since others wait already. tokens: of those added since the last step."""
+        scheduler = self.engine.scheduler
+        full = tokens >= scheduler.config.max_num_batched_tokens
+        return scheduler.policy.by_arrival and (full or (added % ADDED_BESIDE == 0 and bool(scheduler.waiting)))
 
     def _log_failed(self, outputs: Sequence[RequestOutput | EmbeddingOutput]) -> None:
         """Logs the first error: a program that reads `outputs[0].text` of each prompt finds no text, and no cause."""

@@ -58,3 +58,31 @@ def test_steps_that_have_arrived_make_room_for_more(tmp_path: Path, monkeypatch:
     assert run() == want
     assert finished[0] == 12  # two steps were launched, the third needs room
     assert len([n for n in finished if n < 40]) == 7
+
+
+def test_steps_end_while_prompts_are_added_behind_those_that_wait(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where all places are taken, no step waits for another full step's worth of prompts."""
+    prompts = [[i + 1, 2, 3, 4, 5, 6] for i in range(64)]
+    params = SamplingParams(temperature=0.8, seed=3, max_tokens=3, ignore_eos=True)
+    looked: list[int] = []
+    original = Engine.keep_busy
+
+    def watched(self: Engine) -> None:
+        looked.append(self._requests._num_added)
+        original(self)
+
+    def run() -> list[tuple[int, ...]]:
+        looked.clear()
+        with mock_llm(tmp_path, max_num_batched_tokens=96, max_num_seqs=4) as llm:
+            outputs = llm.generate(prompts, params, use_tqdm=False)
+        return [output.outputs[0].token_ids for output in outputs]
+
+    monkeypatch.setattr(Engine, "keep_busy", watched)
+    monkeypatch.setattr(Call, "has_arrived", lambda self: True)
+    want = run()
+    assert looked == [16, *range(24, 65, 8)]
+    monkeypatch.setattr("nanoengine.llm.ADDED_BESIDE", 10**9)
+    assert run() == want
+    assert looked == [16, 32, 48, 64], "only full steps"

@@ -24,7 +24,7 @@ KERNELS: Mapping[KernelName, bool] = {
     "mask_in_scan": True,  # a captured draw masks and checks logits as it first reads them; else kernels in front of it
     "masks_beside": True,  # late masks are copied on a stream of their own; else on that of the steps
     "matvec_streamed": True,  # one row times a large weight by rings of shared memory on Hopper GPUs; else registers
-    "products_wide": False,  # some products with a gate in tiles of 96 outputs on Hopper GPUs: `matmul.takes_wide`
+    "products_wide": True,  # some products with a gate in tiles of 96 outputs on Hopper GPUs: `matmul.takes_wide`
     "sums_pushed": True,  # few rows are summed over GPUs, and normalised, by writing to the others; else by reading
 }
 """Whether each is on by default. What reads a name: `KernelChoice.has`."""

@@ -50,6 +50,7 @@ from nanoengine.setup.start.pooling import read_pooling_defaults, with_output_la
 
 DEFAULT_BLOCK_SIZE = 16
 DEFAULT_BATCHED_TOKENS: Mapping[str, int] = {"cpu": 2048, "cuda": 8192}
+_TOGETHER_TOKENS, _TOGETHER_HIDDEN = 1024, 1024  # default of `prompts_together`, and of which models
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -302,8 +303,17 @@ def _fill_lengths(options: EngineOptions, built: BuiltModel) -> EngineOptions:
         options,
         max_model_len=longest,
         max_num_batched_tokens=options.max_num_batched_tokens or tokens,
+        prompts_together=_together(options, built),
         enable_prefix_caching=options.enable_prefix_caching and not whole,
     )
+
+
+def _together(options: EngineOptions, built: BuiltModel) -> int:
+    """By default where it was measured: graphs of a model whose products of some hundred tokens are short."""
+    if options.prompts_together is not None:
+        return options.prompts_together
+    graphs = torch.device(options.device).type == "cuda" and options.graph_mixed_steps and not options.enforce_eager
+    return _TOGETHER_TOKENS if graphs and built.config.hidden_size <= _TOGETHER_HIDDEN else 0
 
 
 def needs_whole_prompts(built: BuiltModel) -> bool:

@@ -260,6 +260,7 @@ def _scheduler(assembly: Assembly, memory: MemoryReport) -> Scheduler:
         admission_reserve=options.admission_reserve,
         whole_prompts=assembly.whole_prompts,
         most_forced=_most_forced(assembly.plan),
+        prompts_together=options.prompts_together or 0,
     )
     blocks = BlockManager(
         groups=memory.num_groups,

@@ -19,6 +19,7 @@ _BOUNDS: Mapping[str, tuple[int, int]] = {
     "num_gpu_blocks_override": (1, 2**50),
     "kv_cache_memory": (1, 2**50),
     "admission_reserve": (0, 2**16),
+    "prompts_together": (0, 2**22),
     "max_n": (1, _INT32),
     "max_logprobs": (-1, _INT32),
     "seed": (-_INT64 - 1, _INT64),
@@ -83,6 +84,10 @@ class EngineOptions:
         policy_options: the policy's own options, as {"weights": {"acme": 2}}.
         admission_reserve: KV blocks that stay free for each running request when another one is admitted. It gives
             fewer preemptions if blocks are short, and slightly smaller batches.
+        prompts_together: where requests wait for a place, those that may take a free one enter together, once their
+            prompts have so many tokens, as tokens of larger steps take less time each. They are held back for 8 steps
+            at most, and while fewer than 8 places, and a 16th of max_num_seqs, are free. 0: none is held back; default
+            1,024 for small models (hidden size up to 1,024) whose steps are graphs, else 0.
         quantization: "auto": the checkpoint's weights as they are, quantised ones by what reads their format; or the
             name of a quantisation, which may also quantise plain weights while they are loaded; or "none": plain
             weights only.
@@ -136,6 +141,7 @@ class EngineOptions:
     scheduling_policy: str = "fcfs"
     policy_options: Mapping[str, Any] = field(default_factory=dict)
     admission_reserve: int = 0
+    prompts_together: int | None = None
     quantization: str = "auto"
     kv_dtype: Literal["auto", "fp8", "int8"] = "auto"
     load_format: Literal["auto", "dummy"] = "auto"

@@ -187,6 +187,7 @@ class LLMSignature:
         scheduling_policy: str = "fcfs",
         policy_options: Mapping[str, Any] = ...,
         admission_reserve: int = 0,
+        prompts_together: int | None = None,
         quantization: str = "auto",
         kv_dtype: Literal["auto", "fp8", "int8"] = "auto",
         load_format: Literal["auto", "dummy"] = "auto",
@@ -246,6 +247,11 @@ class LLMSignature:
             admission_reserve: KV blocks that stay free for each running request when another one is admitted. It
                 gives fewer preemptions if blocks are short, and slightly smaller batches (0 or more; at most
                 65,536).
+            prompts_together: where requests wait for a place, those that may take a free one enter together, once
+                their prompts have so many tokens, as tokens of larger steps take less time each. They are held back
+                for 8 steps at most, and while fewer than 8 places, and a 16th of max_num_seqs, are free. 0: none is
+                held back; default 1,024 for small models (hidden size up to 1,024) whose steps are graphs, else 0
+                (0 or more; at most 4,194,304).
             quantization: "auto": the checkpoint's weights as they are, quantised ones by what reads their format;
                 or the name of a quantisation, which may also quantise plain weights while they are loaded; or
                 "none": plain weights only.
@@ -324,6 +330,7 @@ class AsyncLLMSignature:
         scheduling_policy: str = "fcfs",
         policy_options: Mapping[str, Any] = ...,
         admission_reserve: int = 0,
+        prompts_together: int | None = None,
         quantization: str = "auto",
         kv_dtype: Literal["auto", "fp8", "int8"] = "auto",
         load_format: Literal["auto", "dummy"] = "auto",

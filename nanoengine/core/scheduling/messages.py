@@ -21,7 +21,8 @@ class SchedulerConfig:
     max_num_batched_tokens: may be below `max_num_seqs`: requests then take turns. spare_slots: see `num_slots`; the
     device's tables have as many. admission_reserve: blocks that stay free for each running request when another one is
     admitted. whole_prompts: a prompt runs in one step, and a request generates one token: for attention that looks
-    ahead. most_forced: the most tokens that are drafts because they must come next.
+    ahead. most_forced: the most tokens that are drafts because they must come next. prompts_together: tokens of prompts
+    that wait for each other where nearly all places are taken; 0: none does.
     """
 
     max_num_seqs: int
@@ -32,6 +33,7 @@ class SchedulerConfig:
     admission_reserve: int = 0
     whole_prompts: bool = False
     most_forced: int = MAX_DRAFTS
+    prompts_together: int = 0
 
 
 class Admission(NamedTuple):

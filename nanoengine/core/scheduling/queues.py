@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Callable
+from itertools import accumulate
 from operator import attrgetter
 from typing import Any
 
@@ -16,6 +17,7 @@ from nanoengine.core.scheduling.block_manager import BlockManager
 from nanoengine.core.scheduling.messages import Preemption, SchedulerConfig
 from nanoengine.core.scheduling.speculation import Speculation
 
+MOST_TOGETHER, MOST_HELD = 8, 8  # prompts that enter together (see `places`), and steps that they wait for each other
 _PLACE, _RANK = attrgetter("place"), attrgetter("rank")
 
 
@@ -49,7 +51,7 @@ class Roster:
         self.preempted: list[Preemption] = []
         self.failed: dict[Request, RequestError] = {}
         self._stats, self._speculation = stats, speculation
-        self._added = self._admissions = 0
+        self._added = self._admissions = self._held = 0
 
     def add(self, request: Request) -> None:
         """Raises `RequestError` where the policy does."""
@@ -75,6 +77,23 @@ class Roster:
             return 0
         at = bisect_left(self.waiting, key, key=_PLACE)
         return at if at < len(self.waiting) else 0
+
+    def places(self, config: SchedulerConfig, ending: int) -> int:
+        """How many requests may be admitted now. ending: running ones that get no row any more.
+
+        Where nearly all places are taken and more requests wait than there are free ones, prompts wait for each other
+        and enter together: the tokens of larger steps take less time each."""
+        free, least = config.max_num_seqs - len(self.running) + ending, config.prompts_together
+        most = min(MOST_TOGETHER, config.max_num_seqs // 16)
+        if not least or most < 2 or not 0 < free <= config.max_num_seqs // 4 or free >= len(self.waiting):
+            return free
+        tokens = accumulate(request.num_tokens for request in self.waiting[: min(free, most)])
+        enough = next((count for count, total in enumerate(tokens, 1) if total >= least), 0)
+        self._held += 1
+        if not enough and free < most and self._held <= MOST_HELD:
+            return 0
+        self._held = 0
+        return enough or min(free, most)
 
     def tell(self, event: Callable[..., None], request: Request, *about: Any) -> None:
         """An event of the policy. What it raises fails the request, at the next step: here nothing may be raised."""

@@ -232,7 +232,7 @@ class Scheduler:
         """In policy order. A request is overtaken only while it waits for a hit that this very step computes: no more
         than `max_num_seqs` are looked at beyond the admitted ones."""
         waiting, free_slots = self.waiting, self._roster.free_slots
-        places = self.config.max_num_seqs - (len(self.running) - draft.ending)
+        places = self._roster.places(self.config, draft.ending)
         if not (free_slots and draft.budget and places > 0):
             return
         draft.note_writers(self.blocks)

@@ -19,6 +19,15 @@ MIXED_DECODE_ROWS = (64, 128, 256)  # of mixed steps
 _PREFILL_TOKENS = (128, 256, 384, 480, 576, 672, 768, 864, 960, 1088, 1280, 1536, 2048)
 _MANY_PREFILL_TOKENS = (2560, 3072, 4096, 5120, 6144, 7168, 8192)
 _MORE_PREFILL_TOKENS = (*range(128, 1089, 64), 1216, 1408, 1664, 2048)
+_TOGETHER_TOKENS = (
+    1152,
+    1216,
+    1280,
+    1344,
+    1408,
+    1472,
+    1536,
+)  # of prompts that enter together, behind nearly all decode rows
 
 
 def decode_sizes(max_rows: int) -> tuple[StepSize, ...]:
@@ -32,6 +41,7 @@ def mixed_sizes(max_rows: int, max_tokens: int) -> tuple[StepSize, ...]:
     decode = sorted({min(n, max_rows) for n in MIXED_DECODE_ROWS})
     prefill = _PREFILL_TOKENS if len(decode) > 2 else _MORE_PREFILL_TOKENS  # about the same number of graphs
     sizes = [StepSize(d, p) for d in decode for p in prefill]
+    sizes += [StepSize(decode[-1], p) for p in _TOGETHER_TOKENS if p not in prefill]
     # Where many prompts come at once: alone, or behind as many decode rows as there may be; since each graph keeps the
     # logits of its rows, few of those.
     sizes += [StepSize(0, p) for p in _MANY_PREFILL_TOKENS]

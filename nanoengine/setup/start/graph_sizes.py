@@ -19,15 +19,7 @@ MIXED_DECODE_ROWS = (64, 128, 256)  # of mixed steps
 _PREFILL_TOKENS = (128, 256, 384, 480, 576, 672, 768, 864, 960, 1088, 1280, 1536, 2048)
 _MANY_PREFILL_TOKENS = (2560, 3072, 4096, 5120, 6144, 7168, 8192)
 _MORE_PREFILL_TOKENS = (*range(128, 1089, 64), 1216, 1408, 1664, 2048)
-_TOGETHER_TOKENS = (
-    1152,
-    1216,
-    1280,
-    1344,
-    1408,
-    1472,
-    1536,
-)  # of prompts that enter together, behind nearly all decode rows
+_TOGETHER_TOKENS = range(1152, 1537, 64)  # of prompts that enter together, behind nearly all decode rows
 
 
 def decode_sizes(max_rows: int) -> tuple[StepSize, ...]:

@@ -12,14 +12,14 @@ from torch import Tensor
 
 from nanoengine.kernels.device import current_stream
 
-TURNS = 8  # a power of two: kernels take a turn modulo it
+TURNS = 32  # a power of two: kernels take a turn modulo it
 
 
 class HostRing:
     """Turns of int32 memory, pinned for a GPU, taken by steps one after the other.
 
-    A turn is taken again `TURNS` steps later. At most two steps are in flight, so its last owner is done by then, and
-    nothing is allocated, or waited for.
+    A turn is taken again `TURNS` turns later. At most two steps are in flight, with up to five turns each where they
+    capture graphs, so its last owner is done by then, and nothing is allocated, or waited for.
 
     Attributes:
         values: int32 [TURNS, ...]. views: the same as numpy arrays, one a turn. turn: the one that was taken last.

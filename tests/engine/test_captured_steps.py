@@ -26,7 +26,7 @@ from nanoengine.core.execution.finish_step import CapturedTail
 from nanoengine.core.execution.graphs import CaptureSizes, StepGraphs
 from nanoengine.core.execution.step_inputs import StepSize
 from nanoengine.core.step import SuppliedColumn
-from nanoengine.kernels.host_ring import CopiedBeside
+from nanoengine.kernels.host_ring import TURNS, CopiedBeside
 from nanoengine.kernels.ops import Ops
 from nanoengine.params.engine_options import EngineOptions
 from nanoengine.setup.start import capture as setup_capture
@@ -274,6 +274,34 @@ def test_what_is_compiled_between_steps_writes_k_and_v_to_the_dummy_block(monkey
     monkeypatch.setattr(setup_capture, "compiling_ahead", nullcontext)
     made.compile_ahead(lambda: seen.append(mapping.tolist()))
     assert seen == [[[0, 0]]]
+
+
+@pytest.mark.parametrize("inputs", [True, False])
+def test_inputs_of_a_start_wait_for_those_that_the_gpu_has_not_copied(
+    monkeypatch: pytest.MonkeyPatch, inputs: bool
+) -> None:
+    """A GPU that lags behind, as others use it: a turn of pinned memory is not taken again before its copy was made."""
+    made, sent, most = object.__new__(setup_capture._Capture), [0], [0]
+    made._stream, made.device, made._tails = SimpleNamespace(), torch.device("cpu"), ()  # type: ignore[assignment]
+    made.sizes = [StepSize(rows) for rows in range(40, 0, -1)]
+
+    def send(*_: Any) -> None:
+        sent[0] += 1
+        most[0] = max(most[0], sent[0])
+
+    def copied() -> None:
+        sent[0] = 0
+
+    made._graphs = SimpleNamespace(run=send, sizes=SimpleNamespace(inputs=inputs))  # type: ignore[assignment]
+    monkeypatch.setattr(setup_capture._Capture, "_run_tail", lambda *_, **__: None)
+    monkeypatch.setattr(setup_capture._Capture, "_capture", (lambda *_: None) if inputs else send)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(synchronize=copied))
+    made.run_once()
+    made.captures(smallest=False)
+    assert most[0] <= TURNS - 2  # two steps may be in flight besides
+    sent[0] = -100
+    made.run_once(made.sizes[:1])
+    assert sent[0] == -99  # one step's inputs wait for nothing, as a step may be running
 
 
 def test_rows_with_drafts_on_attention_kernels(

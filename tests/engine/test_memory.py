@@ -398,7 +398,7 @@ def test_graphs_are_captured_when_a_step_first_wants_them(
 
     capturing(monkeypatch, captured)
     ahead = list[Any]()  # runs whose kernels are compiled
-    monkeypatch.setattr(capture._Capture, "compile_ahead", lambda self, run: ahead.append(run))
+    monkeypatch.setattr(capture._Capture, "compile_ahead", lambda self, run, *_: ahead.append(run))
     with mock_llm(tmp_path, lazy_graphs=lazy) as llm:
         assert made == ([1] if lazy else [16, 8, 4, 2, 1])
         assert len(ahead) == 1

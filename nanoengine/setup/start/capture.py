@@ -8,6 +8,7 @@ import logging
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
+from itertools import product
 from typing import Any, TypeVar, cast
 
 import torch
@@ -21,6 +22,7 @@ from nanoengine.core.execution.step_inputs import StepSize
 from nanoengine.kernels.compile_ahead import compiling_ahead, is_compiling_ahead, making_keys
 from nanoengine.kernels.compile_processes import CompileProcesses
 from nanoengine.kernels.device import empty_cache
+from nanoengine.kernels.host_ring import TURNS
 from nanoengine.setup.start.graph_sizes import first_sizes
 from nanoengine.setup.start.release import free_unused
 
@@ -176,7 +178,8 @@ class _Capture:
         """Runs each pass and each tail, also behind a mask, or those of these sizes and kinds, with dummy rows: what is
         made at first use is then not made in a capture."""
         graphs, tried = self._graphs, set[Hashable]()
-        for size in self.sizes if sizes is None else sizes:
+        for sent, size in enumerate(self.sizes if sizes is None else sizes):
+            self._make_room(sent)
             logits = graphs.run(size)
             for kind in self._tails if kinds is None else kinds:
                 key = (size.rows, size.plain, size.query_len, kind)  # kernels of tails depend on nothing else
@@ -197,9 +200,16 @@ class _Capture:
         if smallest:
             self._capture(self.sizes[-1], None)
             return
-        for size in self.sizes:
-            for kind in (None, *self._tails):
-                self._capture(size, kind)
+        for sent, (size, kind) in enumerate(product(self.sizes, (None, *self._tails))):
+            if not self._graphs.sizes.inputs:
+                self._make_room(sent)
+            self._capture(size, kind)
+
+    def _make_room(self, sent: int) -> None:
+        """Where the inputs of so many steps went to the GPU in a row: what it has not copied yet is not overwritten. It
+        may lag behind, as other processes use it or kernels are only compiled, and then a step reads another's rows."""
+        if self._stream is not None and sent and sent % (TURNS // 4) == 0:
+            torch.cuda.current_stream(self.device).synchronize()
 
     def when_wanted(self, size: StepSize, kind: int | None) -> bool:
         """`StepGraphs.capture`, between steps. False: it failed, now or the last time; such steps run eagerly, and

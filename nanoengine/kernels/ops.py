@@ -24,6 +24,7 @@ from nanoengine.kernels.cache_keys import make_keys
 from nanoengine.kernels.choice import BY_DEFAULT
 from nanoengine.kernels.choice import KernelChoice as KernelChoice
 from nanoengine.kernels.cpu import Library, load
+from nanoengine.kernels.embedding import embedding
 from nanoengine.kernels.experts import RealTokens as RealTokens
 from nanoengine.kernels.experts import Routing as Routing
 from nanoengine.kernels.gluon import is_hopper
@@ -53,12 +54,7 @@ class Ops:
         """Rows of the weight: int [T], [V, D] -> [T, D]; `out`, contiguous: where they go.
 
         first: the weight is a part of the whole, from this id on, and rows of ids outside of it are 0."""
-        if first is None:
-            y = F.embedding(ids, weight)
-        else:
-            elsewhere = (ids < first) | (ids >= first + len(weight))
-            y = F.embedding((ids - first).masked_fill(elsewhere, 0), weight).masked_fill(elsewhere.unsqueeze(-1), 0.0)
-        return y if out is None else out.copy_(y)
+        return embedding(ids, weight, first=first, out=out)
 
     def add_rms_norm(self, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         return rms_norm.add_rms_norm(x, residual, weight, eps)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Literal
 
 from torch import Tensor
@@ -10,6 +11,7 @@ from torch.nn import Parameter
 from nanoengine.api import Layer, LayerInfo, LinearMethod, ModelError, Shard, ShardSpec, WeightLayer
 from nanoengine.api.layers import Placement
 from nanoengine.api.parallel import padded_length
+from nanoengine.kernels.embedding import rows_of_part
 from nanoengine.layers.linear import Unquantised
 
 __all__: list[str] = []  # a build context makes these layers
@@ -48,10 +50,7 @@ class VocabParallelEmbedding(Layer, WeightLayer):
             weight = self.get_parameter("weight")
             out = self.tp.partial_sum(len(input_ids), weight.shape[1], weight.dtype) if input_ids.dim() == 1 else None
             return self.tp.all_reduce(self.ops.embedding(input_ids, weight, first=first, out=out))
-        local = input_ids - first
-        elsewhere = (local < 0) | (local >= self.rows)
-        found = self.method.rows(self, local.masked_fill(elsewhere, 0)).masked_fill(elsewhere.unsqueeze(-1), 0.0)
-        return self.tp.all_reduce(found)
+        return self.tp.all_reduce(rows_of_part(partial(self.method.rows, self), input_ids, first, self.rows))
 
 
 class ParallelLMHead(Layer, WeightLayer):

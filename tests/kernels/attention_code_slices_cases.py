@@ -4,7 +4,6 @@ interpreting."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
 import tempfile
@@ -21,6 +20,7 @@ from nanoengine.kernels import paged_attention_code_slices_gluon as by_gluon
 from nanoengine.kernels.kv_quant import KV_DTYPES, dequantise_heads, quantise_heads
 from nanoengine.kernels.paged_attention_plan import NewTokens
 from tests.kernels import emulated_gluon
+from tests.kernels.uninterpreted import mutant
 
 HEAD, KV_HEADS = 128, 2
 ON_HOPPER = torch.cuda.is_available() and gluon.is_hopper(torch.device("cuda", 0))
@@ -123,21 +123,6 @@ MUTANTS = {
 }
 
 
-def mutant(name: str, folder: Path) -> Any:
-    """The kernel's module, with one change."""
-    old, new = MUTANTS[name]
-    text = Path(by_gluon.__file__).read_text()
-    assert text.count(old) == 1, name
-    path = folder / "mutant.py"
-    path.write_text(text.replace(old, new))
-    spec = importlib.util.spec_from_file_location("mutant", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def tried(module: Any) -> Iterator[dict[str, Any]]:
     """far: the largest difference in heads, of their row's largest. cache: in the caches, of a step of its codes."""
     for kind in KV_DTYPES:
@@ -160,7 +145,7 @@ def main() -> None:
             print(json.dumps(case), flush=True)
     for name in sys.argv[1:]:
         with tempfile.TemporaryDirectory() as folder:
-            found = list(tried(mutant(name, Path(folder))))
+            found = list(tried(mutant(by_gluon, MUTANTS, name, Path(folder))))
         print(json.dumps({"far": max(c["far"] for c in found), "cache": max(c["cache"] for c in found)}), flush=True)
 
 

@@ -3,7 +3,6 @@ itself, elsewhere its Python (`emulated_gluon`). With names of mutants: those. T
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
 import tempfile
@@ -20,6 +19,7 @@ from nanoengine.kernels import paged_attention_slices_gluon as by_gluon
 from nanoengine.kernels.paged_attention_plan import NewTokens
 from nanoengine.kernels.paged_attention_slices import EMPTY, HEAD, SlicesConfig, SlicesScratch
 from tests.kernels import emulated_gluon
+from tests.kernels.uninterpreted import mutant
 
 ON_HOPPER = torch.cuda.is_available() and gluon.is_hopper(torch.device("cuda", 0))
 DEVICE = torch.device("cuda" if ON_HOPPER else "cpu")
@@ -121,21 +121,6 @@ MUTANTS = {
 }
 
 
-def mutant(name: str, folder: Path) -> Any:
-    """The kernel's module, with one change."""
-    old, new = MUTANTS[name]
-    text = Path(by_gluon.__file__).read_text()
-    assert text.count(old) == 1, name
-    path = folder / "mutant.py"
-    path.write_text(text.replace(old, new))
-    spec = importlib.util.spec_from_file_location("mutant", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def tried(module: Any) -> Iterator[dict[str, Any]]:
     """far: the largest difference in heads and caches. empty: scratch memory is as it was. joined: rows in parts."""
     for lens, config, norm, given in CASES:
@@ -159,7 +144,7 @@ def main() -> None:
             print(json.dumps(case), flush=True)
     for name in sys.argv[1:]:
         with tempfile.TemporaryDirectory() as folder:
-            for case in tried(mutant(name, Path(folder))):
+            for case in tried(mutant(by_gluon, MUTANTS, name, Path(folder))):
                 if case["far"] > 0.05 or not case["empty"]:
                     break  # it is caught
         print(json.dumps(case), flush=True)

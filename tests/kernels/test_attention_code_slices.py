@@ -4,20 +4,16 @@ CPU the kernel's Python runs there (`emulated_gluon`)."""
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import uninterpreted
 
 pytest.importorskip("triton")
 
 from nanoengine.kernels.paged_attention_slices import code_slices_keys
 
-CASES = Path(__file__).with_name("attention_code_slices_cases.py")
 MUTANTS = [
     "forgets the newest value",
     "sees a key behind the end",
@@ -30,13 +26,7 @@ MUTANTS = [
 
 
 def run(*arguments: str) -> list[dict[str, Any]]:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(CASES.parents[2]), environment.get("PYTHONPATH", "")])
-    ran = subprocess.run(
-        [sys.executable, CASES, *arguments], capture_output=True, text=True, env=environment, check=False
-    )
-    assert ran.returncode == 0, ran.stderr
-    return [json.loads(line) for line in ran.stdout.splitlines()]
+    return [json.loads(line) for line in uninterpreted.run("attention_code_slices_cases.py", *arguments).splitlines()]
 
 
 def test_heads_and_caches_are_those_of_the_reference() -> None:

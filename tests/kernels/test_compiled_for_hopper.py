@@ -6,14 +6,11 @@ beside a GPU, and by `python tests/kernels/compile_for_hopper.py --all`."""
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import uninterpreted
 
 pytest.importorskip("triton")
 EVERY = torch.cuda.is_available()
@@ -22,14 +19,9 @@ EVERY = torch.cuda.is_available()
 @pytest.fixture(scope="module")
 def kernels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     """In a process of its own: in this one Triton interprets."""
-    script = Path(__file__).with_name("compile_for_hopper.py")
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
-    ran = subprocess.run(
-        [sys.executable, script, *["--all"] * EVERY], capture_output=True, text=True, env=environment, check=False
-    )
-    assert ran.returncode == 0, ran.stderr
-    found: dict[str, dict[str, Any]] = json.loads(ran.stdout)
+    cache = str(tmp_path_factory.mktemp("triton"))
+    told = uninterpreted.run("compile_for_hopper.py", *["--all"] * EVERY, TRITON_CACHE_DIR=cache)
+    found: dict[str, dict[str, Any]] = json.loads(told)
     return found
 
 

@@ -17,6 +17,7 @@ import torch
 
 from nanoengine import __version__
 from nanoengine.params.engine_plan import EnginePlan
+from nanoengine.setup.start.wake import NOTES
 
 _PACKAGE = Path(__file__).resolve().parents[2]
 
@@ -73,7 +74,7 @@ def notes_path(plan: EnginePlan, device: torch.device) -> Path | None:
         plan = replace(plan, model_path="")
     parts: list[object] = [__version__, torch.__version__, triton_version, gpu.name, gpu.total_memory, plan]
     parts += [(str(path), *_changed(path)) for path in sorted(_PACKAGE.rglob("*.py"))]
-    return Path(knobs.cache.dir) / f"nanoengine-{hashlib.sha256(repr(parts).encode()).hexdigest()[:32]}.json"
+    return Path(knobs.cache.dir) / NOTES.replace("*", hashlib.sha256(repr(parts).encode()).hexdigest()[:32])
 
 
 def _changed(path: Path) -> tuple[int, int]:

@@ -8,6 +8,7 @@ end is gone.
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import struct
 import tempfile
@@ -15,6 +16,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
+STACK_SIGNAL = signal.SIGURG
+"""Makes a rank write its stacks. Not SIGUSR1, which LLVM takes when Triton compiles its first kernel, and which ends a
+rank whose Python does not listen yet."""
 _FRAME = struct.Struct("=iiq")
 
 

@@ -10,7 +10,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 
-from nanoengine.distributed.channel import Channel, Kind, Parcel, anonymous_memory, read_all
+from nanoengine.distributed.channel import STACK_SIGNAL, Channel, Kind, Parcel, anonymous_memory, read_all
 
 _MODULE = "nanoengine.distributed.worker"
 _ASK_SECONDS, _TERMINATE_SECONDS, _SETTLE_SECONDS, _STACK_SECONDS = 5.0, 2.0, 1.0, 1.0
@@ -49,7 +49,7 @@ class RankProcess:
     def ask_for_stack(self) -> None:
         """Makes the rank write the stacks of all its threads, also of one that hangs in foreign code; see `stack`."""
         self._stack_start = os.fstat(self._stack_fd).st_size
-        self._signal(signal.SIGUSR1)
+        self._signal(STACK_SIGNAL)
 
     def stack(self, deadline: float) -> str:
         """The stacks after `ask_for_stack`; waits for them until `deadline`."""

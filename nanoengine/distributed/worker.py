@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from nanoengine.api.errors import forget_locals, is_out_of_memory
 from nanoengine.core.step import StepPlan, SuppliedColumn
-from nanoengine.distributed.channel import Channel, Frame, Kind, Parcel
+from nanoengine.distributed.channel import STACK_SIGNAL, Channel, Frame, Kind, Parcel
 from nanoengine.distributed.shared import READY, Layout, Shared, Word
 from nanoengine.distributed.wire import decode, encode
 from nanoengine.params.engine_plan import EnginePlan
@@ -63,7 +63,7 @@ class SuppliedColumns:
 def main(socket_fd: int, memory_fd: int, stack_fd: int) -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the engine handles Ctrl-C
     faulthandler.enable(file=stack_fd)
-    faulthandler.register(signal.SIGUSR1, file=stack_fd)
+    faulthandler.register(STACK_SIGNAL, file=stack_fd)
     channel = Channel(socket.socket(fileno=socket_fd))
     frame = channel.receive()
     if frame is None or frame.parcel is None:

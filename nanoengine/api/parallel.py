@@ -3,21 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
-
-
-class PushedSum(Protocol):
-    """One sum over ranks with the residual stream and the norm behind it, which they write into each other's memory."""
-
-    def begin(self) -> Any:
-        """Called by a product that sends itself, when all memory is there. Returns where to, as the kernel takes it."""
-
-    def end(self, parts: Tensor, norm_weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        """[parts, T, H], whose sum is this rank's -> (sum over ranks + residual, the same normalised)."""
 
 
 class TensorParallelGroup(ABC):
@@ -58,8 +49,9 @@ class TensorParallelGroup(ABC):
         """Sum `x` over ranks. Returns (sum, residual), or (sum + residual, None) if one kernel does both."""
         return self.all_reduce(x), residual
 
-    def pushed_sum(self, residual: Tensor) -> PushedSum | None:
-        """A sum of what is to be added to `residual`, and normalised; None: use `all_reduce_add`."""
+    def inboxes(self, like: Tensor) -> Callable[[], Any] | None:
+        """For a product that ends with its sum over ranks, of the shape and dtype of `like`: what gives where to write,
+        as its kernel takes it. All ranks call that, when all memory is there. None: use `all_reduce_add`."""
         return None
 
 

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import TCPStore
 
-from nanoengine.api.parallel import PushedSum, TensorParallelGroup
+from nanoengine.api.parallel import TensorParallelGroup
 from nanoengine.distributed.symmetric import SymmetricMemory
 
 _log = logging.getLogger(__name__)
@@ -62,7 +62,8 @@ class DistributedGroup(TensorParallelGroup):
                 raises, it does so on all of them, and the collective does not start.
             shared_rows: on GPUs, small sums and `highest` of up to so many keys use shared memory instead of NCCL; 0:
                 everything uses NCCL.
-            pushes: whether sums of few rows are written into the other ranks' shared memory, else read from it.
+            pushes: whether products of few rows are summed at their own end, by writes into the other ranks' memory;
+                else by kernels that read it.
         """
         self.rank, self.size, self._device, self._entered = rank, size, device, entered
         _stay_on_this_host()
@@ -102,9 +103,16 @@ class DistributedGroup(TensorParallelGroup):
         added = None if self._symmetric is None else self._symmetric.all_reduce_add(x, residual)
         return (self.all_reduce(x), residual) if added is None else (added, None)
 
-    def pushed_sum(self, residual: Tensor) -> PushedSum | None:
-        pushed = None if self._symmetric is None else self._symmetric.pushed
-        return None if pushed is None else pushed.of(residual)
+    def inboxes(self, like: Tensor) -> Callable[[], Any] | None:
+        memory = self._symmetric
+        if memory is None or not memory.fits_inboxes(like):
+            return None
+
+        def begin() -> Any:
+            self._entered()
+            return memory.inboxes
+
+        return begin
 
     def all_reduce(self, x: Tensor) -> Tensor:
         added = None if self._symmetric is None else self._symmetric.all_reduce_add(x, None)

@@ -1,7 +1,8 @@
 """Memory that the GPUs of a host can read of each other, and small collectives that use it.
 
-A product that is to be summed over ranks is written directly into the rank's buffer (`partial`), and one kernel on each
-rank reads the buffers of all ranks (`all_reduce_triton`). Larger sums use NCCL. The GPUs must be able to access each
+Products of few rows sum themselves over ranks, through inboxes that ranks write into (`inboxes_triton`). Others are
+written into the rank's buffer (`partial`), and one kernel on each rank reads the buffers of all (`all_reduce_triton`).
+Larger sums use NCCL. The GPUs must be able to access each
 other's memory (NVLink or PCIe peer access); multicast is not used.
 """
 
@@ -9,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-    from nanoengine.distributed.pushed_sum import PushedSums
+    from nanoengine.kernels.inboxes_triton import Inboxes
 
 _BUFFERS = 3
 _ALIGN = 256
@@ -26,6 +26,8 @@ _CAPACITY = {2: 8 << 20}
 _CAPACITY_OF_MORE = 1 << 20
 """Up to so many bytes, one kernel is faster than NCCL's ring. With two ranks both move the same number of bytes; with
 more, one kernel reads size - 1 times as many."""
+_WORDS, _COPIES = 128 << 10, 4 << 20
+"""Bytes of a rank's part of an inbox; of copies at most `capacity`."""
 
 
 class SymmetricMemory:
@@ -50,17 +52,16 @@ class SymmetricMemory:
         import torch.distributed as dist
         import torch.distributed._symmetric_memory as symmetric
 
-        from nanoengine.distributed.pushed_sum import COPIES, WORDS, PushedSums
         from nanoengine.kernels import all_reduce_triton
-        from nanoengine.kernels.all_reduce_norm_triton import Inboxes
+        from nanoengine.kernels.inboxes_triton import PLACES, Inboxes
 
         self._kernels, self._entered = all_reduce_triton, entered
         rank, size = dist.get_rank(group), dist.get_world_size(group)
         self.capacity = _CAPACITY.get(size, _CAPACITY_OF_MORE)
         self._half = max_rows
         signal_bytes = size * all_reduce_triton.MAX_PROGRAMS * 4
-        starts = [0]
-        inboxes = (2 * size * WORDS, 2 * size * COPIES, signal_bytes) if pushes else ()
+        starts, copies = [0], min(_COPIES, self.capacity)
+        inboxes = (2 * size * _WORDS, 2 * size * copies, size * PLACES * 4) if pushes else ()
         for part in (_BUFFERS * self.capacity, 2 * max_rows * 8, signal_bytes, signal_bytes, *inboxes):
             starts.append(starts[-1] + -(-part // _ALIGN) * _ALIGN)
         self._memory = symmetric.empty(starts[-1], dtype=torch.uint8, device=device)
@@ -82,11 +83,11 @@ class SymmetricMemory:
 
         self._sums, self._keys = peers(0, starts[2]), peers(starts[1], starts[3])
         self._turn = 0
-        self.pushed: PushedSums | None = None
+        self.inboxes: Inboxes | None = None
         if pushes:
-            words = peers(starts[4], starts[6])
-            copies = replace(words, data=(addresses + starts[5]).to(device))
-            self.pushed = PushedSums(Inboxes(words, WORDS), Inboxes(copies, COPIES), entered)
+            words, tiles, signals = ((addresses + start).to(device) for start in starts[4:7])
+            turns = torch.zeros(PLACES, dtype=torch.int32, device=device)
+            self.inboxes = Inboxes(rank, size, words, tiles, signals, turns, (_WORDS, copies))
 
     def begin_forward(self) -> None:
         self._turn = 0
@@ -98,6 +99,13 @@ class SymmetricMemory:
             return None
         start = self._buffer * self.capacity
         return self._memory[start : start + size].view(dtype).view(rows, width)
+
+    def fits_inboxes(self, like: Tensor) -> bool:
+        """Whether a product like this may be summed through `inboxes`."""
+        if self.inboxes is None or like.dim() != 2 or not like.is_contiguous():
+            return False
+        words, copies = self.inboxes.capacity
+        return 8 * like.shape[1] <= words and like.nbytes <= copies
 
     def all_reduce_add(self, x: Tensor, residual: Tensor | None) -> Tensor | None:
         """The sum over ranks and the residual stream; None if x is too large. x need not be from `partial`."""

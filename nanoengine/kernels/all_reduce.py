@@ -10,8 +10,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from nanoengine.kernels.rms_norm import rms_norm
-
 BAD_KEY = 0x7FFFFFFF << 32
 """The key of a row whose logits were not finite: above every other."""
 
@@ -27,18 +25,6 @@ def all_reduce_add(partials: Sequence[Tensor], residual: Tensor | None) -> Tenso
     for partial in partials:
         total += partial.float()
     return (total if residual is None else total + residual.float()).to(partials[0].dtype)
-
-
-def all_reduce_norm(
-    parts: Sequence[Tensor], residual: Tensor, norm_weight: Tensor, eps: float
-) -> tuple[Tensor, Tensor]:
-    """The sum of all ranks' products and the residual stream [T, H], rounded once, and the same normalised.
-
-    parts: of each rank [parts, T, H], whose sum is its product."""
-    total = residual.float()
-    products = torch.stack([part.float().sum(0) for part in parts]).sum(0)
-    total = (products + total).to(residual.dtype)
-    return total, rms_norm(total, norm_weight, eps)
 
 
 def pack_keys(scores: Tensor, token_ids: Tensor, tops: Tensor) -> Tensor:

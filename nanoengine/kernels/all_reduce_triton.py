@@ -48,9 +48,10 @@ class Peers:
 
 
 @triton.jit
-def meet_at(turn, signals, RANK: tl.constexpr, SIZE: tl.constexpr, PLACES: tl.constexpr):
-    """Returns once this program of every rank has come to the meeting of this number."""
+def _meet(signals, turns, RANK: tl.constexpr, SIZE: tl.constexpr, PLACES: tl.constexpr):
+    """Returns the number of the meeting, once this program of every rank has come to it."""
     place = tl.program_id(0)
+    turn = tl.load(turns + place) + 1
     for peer in tl.static_range(SIZE):
         if peer != RANK:
             theirs = tl.load(signals + peer).to(tl.pointer_type(tl.int32))
@@ -60,14 +61,6 @@ def meet_at(turn, signals, RANK: tl.constexpr, SIZE: tl.constexpr, PLACES: tl.co
         if peer != RANK:
             while tl.atomic_add(mine + peer * PLACES + place, 0, sem="acquire", scope="sys") - turn < 0:
                 pass
-
-
-@triton.jit
-def _meet(signals, turns, RANK: tl.constexpr, SIZE: tl.constexpr, PLACES: tl.constexpr):
-    """Returns the number of the meeting, once this program of every rank has come to it."""
-    place = tl.program_id(0)
-    turn = tl.load(turns + place) + 1
-    meet_at(turn, signals, RANK, SIZE, PLACES)
     tl.debug_barrier()
     tl.store(turns + place, turn)
     return turn

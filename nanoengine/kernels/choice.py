@@ -25,7 +25,8 @@ KERNELS: Mapping[KernelName, bool] = {
     "masks_beside": True,  # late masks are copied on a stream of their own; else on that of the steps
     "matvec_streamed": True,  # one row times a large weight by rings of shared memory on Hopper GPUs; else registers
     "products_wide": True,  # some products with a gate in tiles of 96 outputs on Hopper GPUs: `matmul.takes_wide`
-    "sums_pushed": True,  # few rows are summed over GPUs, and normalised, by writing to the others; else by reading
+    # products of few rows end with their sum over GPUs, by writing to the others; else a kernel behind them reads
+    "sums_pushed": True,
 }
 """Whether each is on by default. What reads a name: `KernelChoice.has`."""
 

@@ -14,6 +14,8 @@ tile follow each other, so that a GPU that runs fewer at a time would still come
 # ruff: noqa: N803 - constants of a kernel are in capitals
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import triton
 from torch import Tensor
@@ -22,6 +24,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from nanoengine.kernels.inboxes_gluon import addresses, by_copies, next_turn, over_ranks
+from nanoengine.kernels.inboxes_triton import Inboxes
 from nanoengine.kernels.matmul import MatmulTile, Scaled
 from nanoengine.kernels.matmul_triton import Launch
 
@@ -102,10 +106,11 @@ def _share_of_parts(acc, part_ptr, ticket_ptr, at, layout: gl.constexpr, BLOCK_M
 @gluon.jit(do_not_specialize=["rows"])
 def _matmul_kernel(
     x_desc, weight_desc, squares_ptr, add_ptr, next_ptr, y_ptr, scaled_ptr, sums_ptr, part_ptr, ticket_ptr,
-    rows, add_stride, eps,
+    data, signals, turns, rows, add_stride, capacity, eps,
     N: gl.constexpr, K: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr,
     STAGES: gl.constexpr, SQUARES: gl.constexpr, GATED: gl.constexpr, HAS_ADD: gl.constexpr, NEXT: gl.constexpr,
-    WARPS: gl.constexpr, SPLITS: gl.constexpr, STAGED: gl.constexpr,
+    WARPS: gl.constexpr, SPLITS: gl.constexpr, STAGED: gl.constexpr, RANK: gl.constexpr, SIZE: gl.constexpr,
+    PLACES: gl.constexpr, SHARE: gl.constexpr,
 ):  # fmt: skip
     tiles_m = gl.cdiv(rows, BLOCK_M)
     tile_n = gl.program_id(1) // tiles_m
@@ -123,6 +128,8 @@ def _matmul_kernel(
     for i in gl.static_range(STAGES):
         if i < steps:
             _ask_for_weights(weight_desc, ws, ready, i, n0, first + i * BLOCK_K, N, BLOCK_N, GATED, size)
+    if SIZE > 1:
+        inboxes, flags = addresses(data, SIZE), addresses(signals, SIZE)
     _wait_for_inputs()
     for i in gl.static_range(STAGES):
         if i < steps:
@@ -152,6 +159,8 @@ def _matmul_kernel(
         square = _squares(squares_ptr, rows, m0, BLOCK_M, SQUARES, WARPS)
     if HAS_ADD:
         add = gl.load(add_ptr + row * add_stride + n[None, :], mask=mask, other=0.0)
+    if SIZE > 1:
+        place, turn = next_turn(turns)
     if NEXT:
         next_weight = gl.load(next_ptr + n, mask=n < N, other=0.0)
 
@@ -183,6 +192,10 @@ def _matmul_kernel(
     if GATED:
         y = y / (1.0 + gl.exp(-y)) * up
     y = gl.convert_layout(y, layout)
+    if SIZE > 1:
+        at = row * N + n[None, :]
+        y = over_ranks(y, at, mask, y_ptr.dtype.element_ty, inboxes, flags, turns, place, turn, capacity,
+                       RANK, SIZE, PLACES, SHARE, WARPS)  # fmt: skip
     if HAS_ADD:
         y += add.to(gl.float32)
     out = y.to(y_ptr.dtype.element_ty)
@@ -214,11 +227,13 @@ def matmul(
     next_norm: Tensor | None = None,
     out: Tensor | None = None,
     tickets: Tensor | None = None,
+    inboxes: Callable[[], Inboxes] | None = None,
 ) -> tuple[Tensor, Scaled | None]:
     """As `matmul.matmul` without a bias; the only gate is silu.
 
     out: contiguous; where the result goes. tickets: int32, one a tile, at first 0; for launches with as many parts of K
-    as this one, which follow each other in one stream.
+    as this one, which follow each other in one stream. inboxes: the product is summed over ranks; called when all
+    memory is there.
     """
     given = Launch(x, weight, tile=tile, gate="silu" if silu else None, add=add, next_norm=next_norm, out=out)
     k, part = weight.shape[1], given.y
@@ -232,7 +247,8 @@ def matmul(
         _described(given.source, tile.block_m, tile.block_k),
         _described(weight, tile.block_n, tile.block_k),
         *given.pointers(), part, given.y if tickets is None else tickets,
-        given.rows, 0 if add is None else add.stride(0), eps,
+        rows=given.rows, add_stride=0 if add is None else add.stride(0), eps=eps,
+        **by_copies(inboxes and inboxes(), given.y, tile.splits * given.grid[0]),
         K=k, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
         STAGES=stages, **given.constants, SPLITS=tile.splits, STAGED=tile.staged,
         WARPS=tile.warps, num_warps=tile.warps, launch_pdl=True,

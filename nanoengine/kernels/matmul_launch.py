@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +12,15 @@ from torch import Tensor
 from nanoengine.kernels import matmul_triton
 from nanoengine.kernels.activation import Activation
 from nanoengine.kernels.gluon import is_hopper, multiprocessors, runs_gluon
-from nanoengine.kernels.matmul import MOST_SPLITS, MatmulTile, Scaled, matmul_tile, takes_wide
+from nanoengine.kernels.matmul import (
+    FEW_ROWS,
+    MOST_SPLITS,
+    MatmulTile,
+    Scaled,
+    matmul_tile,
+    takes_wide,
+    tile_over_ranks,
+)
 
 _MOST_TILES = 256  # that wait for each other
 _MEASURED_WITHOUT = 192  # rows; beyond, `matmul_triton` with a gate is faster than cuBLAS and a launch for the gate
@@ -60,6 +69,28 @@ class Products:
         tickets = None if tile.splits == 1 or self._tickets is None else self._tickets[tile.splits]
         return matmul_gluon.matmul(x, weight, tile=tile, silu=gate is not None, tickets=tickets, **around)
 
+    def takes_over_ranks(self, x: Tensor, weight: Tensor) -> bool:
+        """Whether to call `over_ranks` for the product."""
+        if not x.is_cuda or x.dim() != 2 or not is_hopper(x.device):
+            return False
+        tile = tile_over_ranks(len(x), len(weight), weight.shape[1], itemsize=x.element_size())
+        return tile is not None and matmul_triton.takes(x, weight) and _gluon(x.device)
+
+    def over_ranks(
+        self, x: Tensor, weight: Tensor, inboxes: Callable[[], Any], *, add: Tensor, next_norm: Tensor | None
+    ) -> tuple[Tensor, Scaled | None]:
+        """As `matmul.matmul`, of the sum over ranks. inboxes: called before the launch."""
+        from nanoengine.kernels import matmul_gluon
+
+        tile = tile_over_ranks(len(x), len(weight), weight.shape[1], itemsize=x.element_size())
+        assert tile is not None, "asked only for what it takes"
+        after = next_norm if len(x) <= FEW_ROWS else None  # of more rows the product behind that is cuBLAS's
+        return matmul_gluon.matmul(x, weight, tile=tile, add=add, next_norm=after, inboxes=inboxes)
+
+
+def _gluon(device: torch.device) -> bool:
+    return runs_gluon(device, "some products run on slower kernels", "matmul_gluon")
+
 
 def _tile(x: Tensor, weight: Tensor, gate: Activation | None, *, normed: bool = False) -> MatmulTile | None:
     outputs = len(weight) // 2 if gate else len(weight)
@@ -69,6 +100,6 @@ def _tile(x: Tensor, weight: Tensor, gate: Activation | None, *, normed: bool = 
     )  # fmt: skip
     if tile is None or not tile.gluon:
         return tile
-    if gate in (None, "silu") and runs_gluon(x.device, "some products run on slower kernels", "matmul_gluon"):
+    if gate in (None, "silu") and _gluon(x.device):
         return tile
     return replace(tile, gluon=False) if gate and len(x) > _MEASURED_WITHOUT else None

@@ -141,12 +141,8 @@ def large(
     gate: Activation | None = None,
     add: Tensor | None = None,
     out: Tensor | None = None,
-    in_parts: bool = False,
 ) -> Tensor:
-    """The product. Beyond 16 rows a gate is applied after rounding; `out` is not supported with a gate.
-
-    in_parts: with several parts of K and nothing else: they are not added up, float32 [splits, T, N].
-    """
+    """The product. Beyond 16 rows a gate is applied after rounding; `out` is not supported with a gate."""
     rows, k = x.shape
     assert out is None or not gate
     if gate and rows > _GATED_ROWS:
@@ -169,8 +165,6 @@ def large(
         SPLITS=tile.splits, SPAN=span, AHEAD=min(_AHEAD, triton.next_power_of_2(span)), STAGES=tile.stages,
         num_warps=tile.warps, **flags, **pdl_options(x),
     )  # fmt: skip
-    if in_parts:
-        return partial
     if tile.splits > 1:
         block_n = min(256, triton.next_power_of_2(outputs))
         _add_parts_kernel[(rows, triton.cdiv(outputs, block_n))](

@@ -17,14 +17,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from nanoengine.kernels.activation import Activation
 from nanoengine.kernels.activation_triton import act_mul
-from nanoengine.kernels.all_reduce_norm_triton import Inboxes, next_turn, send_words
+from nanoengine.kernels.inboxes_triton import Inboxes, addresses, by_words, next_turn, over_ranks
 from nanoengine.kernels.matvec_parts_triton import check, load_if, prefetch_rows, result
 from nanoengine.kernels.pdl_triton import pdl_options, release_dependents, wait_for_inputs
 
@@ -96,7 +95,7 @@ def _streamed_kernel(
     N: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, STEPS: tl.constexpr, PADDED: tl.constexpr,
     PIECE: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr, OTHER: tl.constexpr, SPAN: tl.constexpr,
     GATED: tl.constexpr, ACTIVATION: tl.constexpr, NORM: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_ADD: tl.constexpr,
-    SEND: tl.constexpr, RANK: tl.constexpr, SIZE: tl.constexpr, PDL: tl.constexpr,
+    RANK: tl.constexpr, SIZE: tl.constexpr, PLACES: tl.constexpr, SHARE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """A program has STEPS times ROWS outputs. PADDED: STEPS, up to the next power of two; SPAN: K likewise."""
     pieces: tl.constexpr = (K + PIECE - 1) // PIECE
@@ -111,6 +110,8 @@ def _streamed_kernel(
     for _ in tl.static_range(pieces):
         x = x + (tl.zeros((1, PIECE), tl.float32),)
     scale = 1.0
+    if SIZE > 1:
+        others, turn = addresses(data, SIZE), 0
     sums = tl.zeros((PADDED, ROWS), tl.float32)
     ups = tl.zeros((PADDED, ROWS), tl.float32)
     for step in tl.range(0, STEPS, num_stages=STAGES):
@@ -125,6 +126,8 @@ def _streamed_kernel(
                 later = program + (tl.num_programs(0) + 1) // 2
                 _ask(weight_ptr, later, 0, N, K, STEPS * ROWS, OTHER, SPAN, GATED)
             wait_for_inputs(PDL)
+            if SIZE > 1:
+                turn = next_turn(turns)
             x, scale = _read(x_ptr, norms, eps, k, K, PIECE, pieces, NORM)
         sums = tl.where(at_step == step, _dot(w, x, ROWS, pieces)[None, :], sums)
         if GATED:
@@ -134,10 +137,11 @@ def _streamed_kernel(
     y = sums * scale + load_if(HAS_BIAS, bias_ptr + n, mask)
     if GATED:
         y = act_mul(y, ups * scale + load_if(HAS_BIAS, bias_ptr + N + n, mask), ACTIVATION)
-    y += load_if(HAS_ADD, add_ptr + n, mask)
+    more = load_if(HAS_ADD, add_ptr + n, mask)
+    if SIZE > 1:
+        y = over_ranks(y, n, mask, others, turns, turn, capacity, RANK, SIZE, PLACES, SHARE)
+    y += more
     tl.store(y_ptr + n, y.to(y_ptr.dtype.element_ty), mask=mask)
-    if SEND:
-        send_words(y, n, mask, data, next_turn(turns, 0), capacity, RANK, SIZE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,24 +209,20 @@ def streamed(
     norm_weight: Tensor | None = None,
     eps: float = 0.0,
     out: Tensor | None = None,
-    send: Inboxes | None = None,
+    inboxes: Inboxes | None = None,
 ) -> Tensor:
-    """The product, of x [1, K] normalised first if there is a norm. send: where it goes, too, as words."""
+    """The product, of x [1, K] normalised first if there is a norm. inboxes: it is summed over ranks."""
     rows, k = x.shape
     assert rows == 1, rows
     outputs = len(weight) // 2 if gate else len(weight)
     check(x, weight, add, outputs)
     y = result(x, outputs, out)
-    assert send is None or (y.dtype == torch.float32 and y.numel() * 8 <= send.capacity), y
     made = constants(tile, outputs, k)
-    _streamed_kernel[(triton.cdiv(outputs, made["STEPS"] * tile.rows),)](
+    programs = triton.cdiv(outputs, made["STEPS"] * tile.rows)
+    _streamed_kernel[(programs,)](
         x, norm_weight if norm_weight is not None else x, weight, bias if bias is not None else x,
-        add if add is not None else x, y,
-        y if send is None else send.peers.data, y if send is None else send.peers.turns,
-        16 if send is None else send.capacity, eps, **made,
+        add if add is not None else x, y, eps=eps, **made, **by_words(inboxes, x, programs),
         GATED=gate is not None, ACTIVATION=gate, NORM=norm_weight is not None,
-        HAS_BIAS=bias is not None, HAS_ADD=add is not None, SEND=send is not None,
-        RANK=0 if send is None else send.peers.rank, SIZE=1 if send is None else send.peers.size,
-        num_warps=tile.warps, **pdl_options(x),
+        HAS_BIAS=bias is not None, HAS_ADD=add is not None, num_warps=tile.warps, **pdl_options(x),
     )  # fmt: skip
     return y

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from nanoengine.kernels.activation import Activation
 from nanoengine.kernels.activation_triton import act_mul
-from nanoengine.kernels.all_reduce_norm_triton import Inboxes, next_turn, send_words
+from nanoengine.kernels.inboxes_triton import PLACES, Inboxes, addresses, by_words, next_turn, over_ranks
 from nanoengine.kernels.matvec import takes_gemv
 from nanoengine.kernels.matvec_held_triton import HeldTile, held
 from nanoengine.kernels.matvec_large_triton import LargeTile, large, large_tile
@@ -53,8 +53,8 @@ def _gemv_kernel(
     data, turns, x_stride, residual_stride, add_stride, capacity, eps,
     T: tl.constexpr, N: tl.constexpr, K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     GATED: tl.constexpr, ACTIVATION: tl.constexpr, NORM: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_ADD: tl.constexpr, SEND: tl.constexpr, RANK: tl.constexpr, SIZE: tl.constexpr,
-    PDL: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_ADD: tl.constexpr, RANK: tl.constexpr, SIZE: tl.constexpr, PLACES: tl.constexpr,
+    SHARE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)[None, :]
@@ -70,10 +70,12 @@ def _gemv_kernel(
         bias = tl.load(bias_ptr + n, mask=n_mask, other=0.0).to(tl.float32)
         if GATED:
             bias_u = tl.load(bias_ptr + N + n, mask=n_mask, other=0.0).to(tl.float32)
+    if SIZE > 1:
+        others = addresses(data, SIZE)
     release_dependents(PDL)
     wait_for_inputs(PDL)
-    if SEND:
-        turn = next_turn(turns, 0)
+    if SIZE > 1:
+        turn = next_turn(turns)
     for t in tl.static_range(T):
         if PDL and w.dtype.primitive_bitwidth == 16:
             w = pin(w)  # else held weights were widened before the wait, and the next kernel's programs found no room
@@ -101,11 +103,11 @@ def _gemv_kernel(
             if HAS_BIAS:
                 up += bias_u
             y = act_mul(y, up, ACTIVATION)
+        if SIZE > 1:
+            y = over_ranks(y, n, n_mask, others, turns, turn, capacity, RANK, SIZE, PLACES, SHARE)
         if HAS_ADD:
             y += tl.load(add_ptr + t * add_stride + n, mask=n_mask, other=0.0).to(tl.float32)
         tl.store(y_ptr + t * N + n, y.to(y_ptr.dtype.element_ty), mask=n_mask)
-        if SEND:
-            send_words(y, t * N + n, n_mask, data, turn, capacity, RANK, SIZE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,28 +235,22 @@ def matvec(
     return skinny(x, weight, bias, gate=gate, add=add, out=out, tile=tile, tickets=tickets)
 
 
-def product_parts(
-    x: Tensor, weight: Tensor, begin: Callable[[], Inboxes] | None = None, *, streams: bool = False
+def matvec_over_ranks(
+    x: Tensor, weight: Tensor, add: Tensor, begin: Callable[[], Inboxes], *, streams: bool = False
 ) -> Tensor | None:
-    """float32 [parts, T, N] whose sum is the product, where another kernel would add parts of K up, or this product
-    sends itself; else None.
+    """x @ weight.T, summed over ranks, + add, of one row. begin: called before the launch. streams: as in `matvec`.
 
-    begin: as of `PushedSum`; products without tensor cores call it, and send. streams: as in `matvec`.
-    """
+    None: no kernel here does it. It depends on shapes alone, so it is the same on all ranks."""
     rows, k = x.shape
     shape: dict[str, Any] = {"gated": False, "itemsize": x.element_size()}
+    ring = streamed_tile_of(rows, len(weight), k, **shape) if streams else None
     tile = tile_for(rows, len(weight), k, **shape)
-    if begin is not None and streams and (ring := streamed_tile_of(rows, len(weight), k, **shape)):
-        y = torch.empty(1, rows, len(weight), dtype=torch.float32, device=x.device)
-        streamed(x, weight, tile=ring, out=y[0], send=begin())
-        return y
-    if isinstance(tile, LargeTile) and tile.splits > 1:
-        return large(x, weight, tile=tile, in_parts=True)
-    if begin is None or not isinstance(tile, GemvTile):
+    if rows != 1 or not isinstance(tile, GemvTile) or triton.cdiv(len(weight), tile.block_n) > PLACES:
         return None
-    y = torch.empty(1, rows, len(weight), dtype=torch.float32, device=x.device)
-    gemv(x, weight, None, out=y[0], tile=tile, send=begin())
-    return y
+    out = torch.empty_like(add)
+    if ring is not None:
+        return streamed(x, weight, tile=ring, add=add, out=out, inboxes=begin())
+    return gemv(x, weight, None, tile=tile, add=add, out=out, inboxes=begin())[0]
 
 
 def norm_matvec(
@@ -306,28 +302,26 @@ def gemv(
     residual: Tensor | None = None,
     out: Tensor | None = None,
     tile: GemvTile | None = None,
-    send: Inboxes | None = None,
+    inboxes: Inboxes | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Product, and the residual stream if there is a norm (else x). send: where the product goes, too, as words."""
+    """Product, and the residual stream if there is a norm (else x). inboxes: the product is summed over ranks."""
     rows, k = x.shape
     outputs = len(weight) // 2 if gate else len(weight)
     assert rows <= MAX_ROWS, rows
     check(x, weight, add, outputs)
+    assert inboxes is None or rows == 1, rows
     y = result(x, outputs, out)
-    assert send is None or (y.dtype == torch.float32 and y.numel() * 8 <= send.capacity), y
     # a buffer of its own: other programs still read `residual`
     total = x if residual is None else torch.empty(rows, k, dtype=x.dtype, device=x.device)
     tile = tile or gemv_tile(k, gated=gate is not None, itemsize=x.element_size())
-    _gemv_kernel[(triton.cdiv(outputs, tile.block_n),)](
+    programs = triton.cdiv(outputs, tile.block_n)
+    _gemv_kernel[(programs,)](
         x, residual if residual is not None else x, norm_weight if norm_weight is not None else x, weight,
         bias if bias is not None else x, add if add is not None else x, y, total,
-        y if send is None else send.peers.data, y if send is None else send.peers.turns,
-        x.stride(0), 0 if residual is None else residual.stride(0), 0 if add is None else add.stride(0),
-        16 if send is None else send.capacity, eps,
+        x_stride=x.stride(0), residual_stride=0 if residual is None else residual.stride(0),
+        add_stride=0 if add is None else add.stride(0), eps=eps, **by_words(inboxes, x, programs),
         T=rows, N=outputs, K=k, BLOCK_N=tile.block_n, BLOCK_K=triton.next_power_of_2(k),
         GATED=gate is not None, ACTIVATION=gate, NORM=norm_weight is not None, HAS_RESIDUAL=residual is not None,
-        HAS_BIAS=bias is not None, HAS_ADD=add is not None, SEND=send is not None,
-        RANK=0 if send is None else send.peers.rank, SIZE=1 if send is None else send.peers.size,
-        num_warps=tile.warps, **pdl_options(x),
+        HAS_BIAS=bias is not None, HAS_ADD=add is not None, num_warps=tile.warps, **pdl_options(x),
     )  # fmt: skip
     return y, total

@@ -102,14 +102,19 @@ class Ops:
         """
         return self.linear(x, weight, bias), residual
 
-    def linear_parts(self, x: Tensor, weight: Tensor, bias: Tensor | None, begin: Callable[[], Any]) -> Tensor:
-        """[parts, T, N], whose sum is `linear`, for a `PushedSum` that adds them up, too; several are float32.
+    def linear_over_ranks(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        residual: Tensor,
+        inboxes: Callable[[], Any],
+        *,
+        next_norm: Tensor | None = None,
+    ) -> Tensor | None:
+        """The product, summed over ranks, + residual; None: the caller does it. It depends on shapes alone.
 
-        begin: as of `PushedSum`; a product that sends itself to the other ranks calls it."""
-        return self.linear(x, weight, bias).unsqueeze(0)
-
-    def keep_normed(self, total: Tensor, norm_weight: Tensor, normed: Tensor) -> None:
-        """`normed` is `total` normalised: a hint for `norm_linear`, if that reads `total` next."""
+        inboxes: as `TensorParallelGroup.inboxes` gives it. next_norm: as in `linear_add`."""
+        return None
 
     def qk_norm_rope_store(
         self,
@@ -213,7 +218,6 @@ class TritonOps(Ops):
         self._products = matmul_launch.Products(wide=kernels.has("products_wide")) if products else None
         self.prepares_norms = products
         self._ahead = Ahead()
-        self._normed: tuple[Tensor, Tensor, Tensor] | None = None  # of `keep_normed`
         self._streams = kernels.has("matvec_streamed")
 
     def embedding(self, ids: Tensor, weight: Tensor, *, first: int | None = None, out: Tensor | None = None) -> Tensor:
@@ -268,9 +272,6 @@ class TritonOps(Ops):
         gate: Activation | None = None,
     ) -> tuple[Tensor, Tensor]:
         scaled = self._ahead.taken(x, residual, norm_weight)
-        known, self._normed = self._normed, None
-        if known is not None and residual is None and known[0] is x and known[1] is norm_weight:
-            return self._gated(known[2], weight, bias, gate), x
         if scaled is None and self._products is not None and self._products.gates(x, weight, bias, gate):
             normed, total = self.add_rms_norm(x, residual, norm_weight, eps)
             return self._products.gated(normed, weight), total
@@ -295,27 +296,22 @@ class TritonOps(Ops):
             )
         return super().norm_linear(x, residual, norm_weight, eps, weight, bias, gate=gate)
 
-    def _gated(self, x: Tensor, weight: Tensor, bias: Tensor | None, gate: Activation | None) -> Tensor:
-        if self._products is not None and self._products.gates(x, weight, bias, gate):
-            return self._products.gated(x, weight)
-        if gate and self._products is not None and self._products.takes(x, weight, bias, gate):
-            return self._products(x, weight, gate=gate)[0]
-        if gate and self._few(x, weight):
-            tickets, streams = self._tickets_on(x.device), self._streams_on(x.device)
-            return self._matvec.matvec(x, weight, bias, gate=gate, tickets=tickets, streams=streams)
-        y = self.linear(x, weight, bias)
-        return self.act_and_mul(y, gate) if gate else y
-
-    def linear_parts(self, x: Tensor, weight: Tensor, bias: Tensor | None, begin: Callable[[], Any]) -> Tensor:
-        known = self._products is not None and self._products.takes(x, weight, bias)
-        if bias is None and not known and self._few(x, weight):
-            parts = self._matvec.product_parts(x, weight, begin, streams=self._streams_on(x.device))
-            if parts is not None:
-                return parts
-        return super().linear_parts(x, weight, bias, begin)
-
-    def keep_normed(self, total: Tensor, norm_weight: Tensor, normed: Tensor) -> None:
-        self._normed = total, norm_weight, normed
+    def linear_over_ranks(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        residual: Tensor,
+        inboxes: Callable[[], Any],
+        *,
+        next_norm: Tensor | None = None,
+    ) -> Tensor | None:
+        self._ahead.drop()
+        if self._products is not None and self._products.takes_over_ranks(x, weight):
+            return self._ahead.kept(*self._products.over_ranks(x, weight, inboxes, add=residual, next_norm=next_norm))
+        if self._few(x, weight):
+            streams = self._streams_on(x.device)
+            return self._matvec.matvec_over_ranks(x, weight, residual, inboxes, streams=streams)
+        return None
 
     def linear_add(
         self,

@@ -204,14 +204,13 @@ class RowParallelLinear(ParallelLinear):
             return super().added(x, residual)
         if not self.reduce:
             return self(x), residual
-        norm = self.next_norm
-        plain = type(self.method) is Unquantised and self.bias is None  # one rank alone has a bias: no product is sent
-        pushed = self.tp.pushed_sum(residual) if norm is not None and plain else None
-        if norm is not None and pushed is not None:
-            parts = self.ops.linear_parts(x, self.get_parameter("weight"), None, pushed.begin)
-            total, normed = pushed.end(parts, norm.weight, norm.eps)
-            self.ops.keep_normed(total, norm.weight, normed)
-            return total, None
+        plain = type(self.method) is Unquantised and self.bias is None  # which only one rank would add
+        inboxes = self.tp.inboxes(residual) if plain else None
+        if inboxes is not None:
+            weight, next_norm = self.get_parameter("weight"), next_norm_weight(self)
+            total = self.ops.linear_over_ranks(x, weight, residual, inboxes, next_norm=next_norm)
+            if total is not None:
+                return total, None
         out = self.tp.partial_sum(len(x), self.out_features, x.dtype)
         return self.tp.all_reduce_add(self.method.apply(self, x, self._bias_once, out=out), residual)
 

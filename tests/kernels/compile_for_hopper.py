@@ -45,7 +45,7 @@ from nanoengine.kernels import int4_roles_copies_gluon as copies
 from nanoengine.kernels import paged_attention_several_triton as several
 from nanoengine.kernels.gguf import BLOCK_TYPES
 from nanoengine.kernels.kv_quant import KV_DTYPES, LARGEST
-from nanoengine.kernels.matmul import matmul_tile
+from nanoengine.kernels.matmul import matmul_tile, tile_over_ranks
 from nanoengine.kernels.paged_attention_plan import beside_products, fused_config, several_config
 from nanoengine.kernels.paged_attention_slices import WARPS, SlicesConfig, code_slices_keys, slices_config
 
@@ -247,20 +247,26 @@ def prompts(tokens: int) -> dict[str, Any]:
     return compiled(by_gluon._prefill_kernel, given, constants, registers=config.registers)
 
 
-def layer_product(rows: int, outputs: int, k: int, *, gated: bool) -> dict[str, Any]:
-    """Of Qwen3-0.6B, in bfloat16: behind a norm, or added to the stream in front of one."""
+def layer_product(
+    rows: int, outputs: int, k: int, *, gated: bool, hidden: int = HIDDEN // 2, ranks: int = 1
+) -> dict[str, Any]:
+    """In bfloat16: behind a norm, or added to the stream in front of one. ranks: over which it is summed."""
     tile = matmul_tile(rows, outputs, k, gated=gated, itemsize=2)
+    if ranks > 1:
+        tile = tile_over_ranks(rows, outputs, k, itemsize=2)
     assert tile is not None
-    module, reads = (matmul_gluon if tile.gluon else matmul_triton), outputs > HIDDEN // 2
+    module, reads = (matmul_gluon if tile.gluon else matmul_triton), outputs != hidden or gated
     others = {"AHEAD": 256, "HAS_BIAS": False, "ACTIVATION": "silu", "PDL": True}
-    own = {"WARPS": tile.warps, "SPLITS": tile.splits, "STAGED": tile.staged}
+    own = {"WARPS": tile.warps, "SPLITS": tile.splits, "STAGED": tile.staged, "RANK": 0, "SIZE": ranks, "PLACES": 1024}
+    own |= {"SHARE": 8}
     constants = {
         "N": outputs, "K": k, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k,
-        "STAGES": tile.stages, "SQUARES": 32 if reads else 0, "GATED": gated, "HAS_ADD": not reads,
+        "STAGES": tile.stages, "SQUARES": hidden // 32 if reads else 0, "GATED": gated, "HAS_ADD": not reads,
         "NEXT": not reads, **(own if tile.gluon else others),
     }  # fmt: skip
     given = {**kinds(bf16="weight bias add next y scaled", fp32="squares sums part", i32="ticket"), "rows": "i32"}
-    given |= {"add_stride": "stride", "eps": "fp32"}
+    given |= {"add_stride": "stride", "eps": "fp32", "capacity": "stride", "turns": "*i32"}
+    given |= dict.fromkeys(("data", "signals"), "*i64")
     for name, block in (("x", tile.block_m), ("weight", tile.block_n)):
         lies = f",{matmul_gluon.shared_layout(block, tile.block_k, torch.bfloat16)!r}" if tile.gluon else ""
         given[f"{name}_desc"] = f"tensordesc<bf16[{block}, {tile.block_k}]{lies}>"
@@ -315,15 +321,15 @@ def eight_bit_streamed(n: int, k: int, *, gated: bool, norm: bool) -> dict[str, 
 
 
 def streamed(n: int, k: int, *, gated: bool, norm: bool, ranks: int = 1) -> dict[str, Any]:
-    """One row of Qwen3-8B's products in bfloat16. ranks: over which it sends itself."""
+    """One row of Qwen3-8B's products in bfloat16. ranks: over which it is summed."""
     tile = matvec_streamed_triton.tile_of(1, n, k, gated=gated, itemsize=2)
     assert tile is not None
     given = {**kinds(bf16="x norm_weight weight bias add y"), "data": "*i64", "turns": "*i32", "capacity": "stride"}
     given |= {"eps": "fp32"}
     constants = {
         **matvec_streamed_triton.constants(tile, n, k), "GATED": gated, "ACTIVATION": "silu" if gated else None,
-        "NORM": norm, "HAS_BIAS": False, "HAS_ADD": not norm and ranks == 1,
-        "SEND": ranks > 1, "RANK": 0, "SIZE": ranks, "PDL": True,
+        "NORM": norm, "HAS_BIAS": False, "HAS_ADD": not norm,
+        "RANK": 0, "SIZE": ranks, "PLACES": 1024, "SHARE": 4, "PDL": True,
     }  # fmt: skip
     found = compiled(matvec_streamed_triton._streamed_kernel, given, constants, tile.warps)
     copy = constants["ROWS"] * constants["PIECE"] * 2
@@ -427,6 +433,10 @@ def main() -> None:
     for rows in (704, 1088):
         found[f"layer gate_up x{rows}"] = layer_product(rows, 3072, 1024, gated=True)
     found["layer down x704"] = layer_product(704, 1024, 3072, gated=False)
+    for name, n, k in (("qkv", 3072, 4096), ("gate_up", 6144, 4096)):
+        found[f"half of {name} x64"] = layer_product(64, n, k, gated=name == "gate_up", hidden=4096)
+    for rows in (64, 128, 256):
+        found[f"half of down x{rows}"] = layer_product(rows, 4096, 6144, gated=False, hidden=4096, ranks=2)
     for name, n, k in (("qkv", 6144, 4096), ("o", 4096, 4096), ("gate_up", 12288, 4096), ("down", 4096, 12288)):
         norm = name in ("qkv", "gate_up")
         found[f"streamed {name}"] = streamed(n, k, gated=name == "gate_up", norm=norm)

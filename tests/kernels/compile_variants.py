@@ -221,17 +221,14 @@ def prompts(every: bool) -> Iterator[Launch]:
 
 
 def sums(every: bool) -> Iterator[Launch]:
-    from nanoengine.kernels.all_reduce_norm_triton import Inboxes, all_reduce_norm
-    from nanoengine.kernels.all_reduce_triton import MAX_PROGRAMS, Peers
-    from nanoengine.kernels.matvec_triton import product_parts
+    from nanoengine.kernels.inboxes_triton import PLACES, Inboxes
+    from nanoengine.kernels.matvec_triton import matvec_over_ranks
 
-    addresses, turns = rand(2, dtype=torch.int64), rand(MAX_PROGRAMS, dtype=torch.int32)
-    inboxes = Inboxes(Peers(0, 2, addresses, addresses, turns), 1 << 20)
-    for sent, count in ((True, 1), (False, 1), (False, 2)):
-        parts, stream = rand(count, 8, HIDDEN, dtype=torch.float32), rand(8, HIDDEN)
-        launch = partial(all_reduce_norm, inboxes, parts, stream, rand(HIDDEN), 1e-6, sent=sent, out=stream)
-        yield f"sum over ranks, {count} parts, {sent}", partial(launch, normed=stream)
-    yield "product that sends itself", partial(product_parts, rand(1, 2048), rand(HIDDEN, 2048), lambda: inboxes)
+    addresses, turns = rand(2, dtype=torch.int64), rand(PLACES, dtype=torch.int32)
+    inboxes = Inboxes(0, 2, addresses, addresses, addresses, turns, (1 << 20, 1 << 20))
+    for k, streams in ((2048, False), (6144, True)):
+        product = partial(matvec_over_ranks, rand(1, k), rand(4096, k), rand(1, 4096), lambda: inboxes)
+        yield f"sum over ranks behind {k}", partial(product, streams=streams)
 
 
 def masked_draws(every: bool) -> Iterator[Launch]:

@@ -104,6 +104,21 @@ def test_products_of_a_layer_are_read_by_the_copy_engine(kernels: dict[str, dict
     assert kernel["shared"] <= 227 << 10
 
 
+def test_products_of_two_ranks(kernels: dict[str, dict[str, Any]]) -> None:
+    """Of few rows, two programs of gate and up fit a multiprocessor. What goes to the other rank goes by 16 bytes, and
+    what comes is read past the multiprocessor's own cache; rings for one row are as without ranks."""
+    for name in ("qkv x64", "gate_up x64", "down x64", "down x128", "down x256"):
+        kernel, programs = kernels[f"half of {name}"], 2 if name == "gate_up x64" else 1
+        assert (kernel["shared"] + 1024) * programs <= 228 << 10
+        assert kernel["REG"] * 128 * programs <= 65536
+        assert kernel["STACK"] == kernel["LOCAL"] == 0
+        if name.startswith("down"):
+            assert kernel["instructions"]["LDG.E.128.STRONG.GPU"] >= 2
+    kernel = kernels["streamed half of down"]
+    assert 4 * (kernel["shared"] + 1024) <= 228 << 10
+    assert 4 * kernel["threads"] * kernel["REG"] <= 65536
+
+
 @pytest.mark.parametrize("name", ["qkv", "gate_up"])
 def test_two_programs_of_the_widest_products_are_one_wave(kernels: dict[str, dict[str, Any]], name: str) -> None:
     """Of 512 rows, 256 and 192 of them: two to a multiprocessor."""

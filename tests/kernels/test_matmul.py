@@ -8,6 +8,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
+from nanoengine.kernels import all_reduce
 from nanoengine.kernels import matmul as twin
 from nanoengine.kernels.matmul import MatmulTile, Scaled, matmul_tile
 from nanoengine.kernels.matmul_launch import Products
@@ -249,3 +250,51 @@ def test_every_end_of_a_tile_on_a_gpu(assert_close, name, dtype) -> None:
             given, both = Scaled(norm, rand(rows, k), squares), rand(2 * n if gate else n, k)
             out, _ = matmul_gluon.matmul(given, both, tile=tile, eps=EPS, silu=gate is not None)
             assert_close(out, twin.matmul(given, both, gate=gate, eps=EPS)[0], bound=bound)
+
+
+def following(turn: int) -> int:
+    wrapped = (turn + 1 + 2**31) % 2**32 - 2**31
+    return wrapped or 2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("turn", [0, 7, 2**31 - 1, -2])
+@pytest.mark.parametrize("name", ["few outputs", "whole lines", "four warps of 128 rows", "parts"])
+def test_the_sum_over_ranks_at_the_end_on_a_gpu(assert_close, name, turn) -> None:
+    """One process plays both ranks, one after the other: what the other one sends is written beforehand. Two sums, of
+    which the second uses the other half; of turns behind `turn`, which wraps around and leaves 0 out."""
+    from nanoengine.kernels import matmul_gluon
+    from nanoengine.kernels.inboxes_triton import PLACES, Inboxes
+
+    tile, dtype, (rows, n, k), size = ENDS[name], torch.bfloat16, (100, 192, 256), 2
+    generator, half = torch.Generator("cuda").manual_seed(1), 1 << 16
+    tickets = torch.zeros(64, dtype=torch.int32, device="cuda")
+
+    def rand(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, device="cuda", generator=generator).to(dtype)
+
+    data = [torch.zeros(2, size, half // 2, dtype=dtype, device="cuda") for _ in range(size)]
+    signals = [torch.zeros(size, PLACES, dtype=torch.int32, device="cuda") for _ in range(size)]
+    turns = [torch.full((PLACES,), turn, dtype=torch.int32, device="cuda") for _ in range(size)]
+    there = [torch.tensor([each.data_ptr() for each in of], device="cuda") for of in (data, signals)]
+    add, norm = rand(rows, n), rand(n)
+    given = [(rand(rows, k), rand(n, k)) for _ in range(size)]
+    alone = [matmul_gluon.matmul(x, weight, tile=tile, tickets=tickets)[0] for x, weight in given]
+    want = all_reduce.all_reduce_add(alone, add)
+    wanted = twin.matmul(want, torch.eye(n, device="cuda", dtype=dtype), next_norm=norm)[1]
+    for rank, (x, weight) in enumerate(given):
+        inboxes, now = Inboxes(rank, size, there[0], *there, turns[rank], (half, half)), turn
+        for _ in range(2):
+            now = following(now)
+            data[rank][now & 1, 1 - rank, : rows * n].copy_(alone[1 - rank].flatten())
+            signals[rank][1 - rank].fill_(now)
+            y, scaled = matmul_gluon.matmul(
+                x, weight, tile=tile, add=add, next_norm=norm, tickets=tickets, inboxes=lambda own=inboxes: own
+            )
+            assert torch.equal(y, want)
+            assert_close(scaled.values, wanted.values, bound=4 * torch.finfo(dtype).eps)
+            assert_close(scaled.squares.sum(0), wanted.squares.sum(0), bound=4 * torch.finfo(dtype).eps)
+            assert torch.equal(data[1 - rank][now & 1, rank, : rows * n].view(rows, n), alone[rank])
+            used = -(-rows // tile.block_m) * (n // tile.block_n) * tile.splits
+            assert (signals[1 - rank][rank, :used] == now).all()
+            assert (turns[rank] == now).all()

@@ -1,0 +1,122 @@
+"""Sums over the GPUs of one host at the end of the products that are summed: no kernel of their own.
+
+Ranks write into each other's inboxes, and each reads its own. Two ways, of which a product takes one:
+
+- words of 64 bits, here: a value and the number of the sum, its turn. A word is never torn, so a rank that finds the
+  turn in it has the value, too, and ranks need not meet;
+- copies of a tile, and a signal behind them (`matmul_gluon`).
+
+A program sends its own results, waits for what the programs of the same number sent on other ranks, and adds all up in
+rank order: so all ranks get the same bits. It sends before it waits, and ranks launch the same programs in the same
+order, so all of them come to an end.
+
+Inboxes have two halves, used by turns. A rank that writes into a half for the turn after next has finished the next
+sum, to which all ranks have sent; and each sends when its own kernels before that product are complete, also the one
+that read the half. `turns` counts on the device, so that a captured graph goes on counting. It is the same in all
+places: a program reads and writes its own place, and writes those that no program of its launch reads. No turn is 0, as
+a new inbox is.
+"""
+
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,assignment"
+# ruff: noqa: N803, RUF005 - constants of a kernel are in capitals, and Triton knows no starred tuple
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+PLACES = 1024
+"""The most programs of a product that is summed over ranks."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Inboxes:
+    """Where ranks write to each other, as one of them sees it.
+
+    Attributes:
+        rank, size: of the group.
+        words, copies: int64 [size]; addresses of each rank's two halves of [size, capacity] bytes. Words are 0 at
+            first, and only words are ever written there.
+        signals: int64 [size]; address of each rank's int32 [size, PLACES], zero at first.
+        turns: int32 [PLACES], this rank's own; zero at first.
+        capacity: bytes of words, and of copies; multiples of 16.
+    """
+
+    rank: int
+    size: int
+    words: Tensor
+    copies: Tensor
+    signals: Tensor
+    turns: Tensor
+    capacity: tuple[int, int]
+
+
+@triton.jit
+def addresses(table, SIZE: tl.constexpr):
+    """What a rank's table has of each rank: read early, as nothing ever writes it."""
+    found = ()
+    for peer in tl.static_range(SIZE):
+        found = found + (tl.load(table + peer),)
+    return found
+
+
+@triton.jit
+def next_turn(turns):
+    """The number of the next sum; never 0, and odd and even by turns all the same."""
+    turn = tl.load(turns + tl.program_id(0)) + 1
+    return tl.where(turn == 0, 2, turn)
+
+
+@triton.jit
+def _words(address, turn, sender, capacity, SIZE: tl.constexpr):
+    """Where `sender` writes into a rank's memory in this turn."""
+    place = ((turn & 1) * SIZE + sender).to(tl.int64) * capacity
+    return (address + place).to(tl.pointer_type(tl.int64))
+
+
+@triton.jit
+def _received(words_ptr, turn, mask):
+    """Values of this turn, once all have come."""
+    words = tl.load(words_ptr, mask=mask, other=0, volatile=True)
+    while tl.max(tl.ravel(((words >> 32).to(tl.int32) != turn).to(tl.int32) & mask.to(tl.int32)), 0) > 0:
+        words = tl.load(words_ptr, mask=mask, other=0, volatile=True)
+    return words.to(tl.int32).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def over_ranks(
+    values, at, mask, data, turns, turn, capacity, RANK: tl.constexpr, SIZE: tl.constexpr, PLACES: tl.constexpr,
+    SHARE: tl.constexpr,
+):  # fmt: skip
+    """The sum over ranks of float32 values at the places `at`, which no other program of the launch has.
+
+    data: `addresses`. SHARE: a power of two; at least as many as a program's share of the places."""
+    words = (values.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF) | (turn.to(tl.int64) << 32)
+    for peer in tl.static_range(SIZE):
+        if peer != RANK:
+            tl.store(_words(data[peer], turn, RANK, capacity, SIZE) + at, words, mask=mask)
+    total = tl.zeros_like(values)
+    for peer in tl.static_range(SIZE):
+        if peer == RANK:
+            total += values
+        else:
+            total += _received(_words(data[RANK], turn, peer, capacity, SIZE) + at, turn, mask)
+    tl.debug_barrier()  # all threads have read the turn
+    i = tl.program_id(0) + tl.arange(0, SHARE) * tl.num_programs(0)
+    tl.store(turns + i, turn, mask=i < PLACES)
+    return total
+
+
+def by_words(inboxes: Inboxes | None, unused: Tensor, programs: int) -> dict[str, Any]:
+    """Arguments of a kernel whose results are summed over ranks by words; of one rank, if there are no inboxes."""
+    alone = {"data": unused, "turns": unused, "capacity": 16, "RANK": 0, "SIZE": 1, "PLACES": PLACES, "SHARE": 1}
+    if inboxes is None:
+        return alone
+    assert programs <= PLACES, programs
+    return {
+        "data": inboxes.words, "turns": inboxes.turns, "capacity": inboxes.capacity[0], "RANK": inboxes.rank,
+        "SIZE": inboxes.size, "PLACES": PLACES, "SHARE": triton.next_power_of_2(triton.cdiv(PLACES, programs)),
+    }  # fmt: skip

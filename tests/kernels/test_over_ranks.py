@@ -1,0 +1,157 @@
+"""Products of one row that end with their sum over ranks, against torch. One process plays one rank after the other:
+what the others send is written beforehand. Those by copies, in Gluon, are in `test_matmul`."""
+
+from __future__ import annotations
+
+import threading
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+from nanoengine.kernels import all_reduce as reference
+from nanoengine.kernels.inboxes_triton import PLACES, Inboxes
+from nanoengine.kernels.matvec_streamed_triton import StreamedTile, streamed
+from nanoengine.kernels.matvec_triton import GemvTile, gemv, matvec_over_ranks
+
+HALF = 4096
+"""Bytes of a rank's part of an inbox."""
+KERNELS = {
+    "held": partial(gemv, bias=None, tile=GemvTile(4, 2)),
+    "streamed": partial(streamed, tile=StreamedTile(rows=2, stages=3, warps=4, programs=5)),
+}
+
+
+def words_of(values: Tensor, turn: int) -> Tensor:
+    return (values.float().view(torch.int32).long() & 0xFFFFFFFF) | (turn << 32)
+
+
+class Ranks:
+    """Ranks of one process, with all their memory."""
+
+    def __init__(self, size: int, device: torch.device, turn: int = 0) -> None:
+        self.size = size
+        self.words = [torch.zeros(2, size, HALF // 8, dtype=torch.int64, device=device) for _ in range(size)]
+        self.turns = [torch.full((PLACES,), turn, dtype=torch.int32, device=device) for _ in range(size)]
+        self.addresses = torch.tensor([each.data_ptr() for each in self.words], device=device)
+
+    def inboxes(self, rank: int) -> Inboxes:
+        none = self.addresses
+        return Inboxes(rank, self.size, self.addresses, none, none, self.turns[rank], (HALF, HALF))
+
+    def part(self, rank: int, sender: int, turn: int, width: int) -> Tensor:
+        """Where a rank finds what another sends."""
+        return self.words[rank][turn & 1, sender, :width]
+
+    def arrived(self, rank: int, products: list[Tensor], turn: int) -> None:
+        """The others have sent."""
+        for sender in range(self.size):
+            if sender != rank:
+                self.part(rank, sender, turn, products[sender].numel()).copy_(words_of(products[sender][0], turn))
+
+
+def following(turn: int) -> int:
+    wrapped = (turn + 1 + 2**31) % 2**32 - 2**31
+    return wrapped or 2
+
+
+def product_of(kernel: str, x: Tensor, weight: Tensor) -> Tensor:
+    """This rank's alone, as the kernel sums it: float32."""
+    y = torch.empty(1, len(weight), dtype=torch.float32, device=x.device)
+    KERNELS[kernel](x, weight, out=y)
+    return y
+
+
+@pytest.mark.parametrize("kernel", list(KERNELS))
+@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("turn", [0, 8, 2**31 - 1, -2])
+def test_sum(rand, assert_close, device, dtype, kernel, size, turn) -> None:
+    """Turns behind `turn`; of 2**31 - 1 it wraps around, and 0 is left out. The second sum uses the other half."""
+    ranks, add = Ranks(size, device, turn), rand(1, 42)
+    given = [(rand(1, 48), rand(42, 48)) for _ in range(size)]
+    products = [product_of(kernel, x, weight) for x, weight in given]
+    expected = reference.all_reduce_add(products, add).to(dtype)
+    for rank, (x, weight) in enumerate(given):
+        now = turn
+        for _ in range(2):
+            now = following(now)
+            ranks.arrived(rank, products, now)
+            out = torch.full_like(add, float("nan"))
+            KERNELS[kernel](x, weight, add=add, out=out, inboxes=ranks.inboxes(rank))
+            assert torch.equal(out, expected)
+            assert (ranks.turns[rank] == now).all()
+            for other in range(size):
+                if other != rank:
+                    assert torch.equal(ranks.part(other, rank, now, 42), words_of(products[rank][0], now))
+    exact = sum(x.float() @ weight.float().T for x, weight in given) + add.float()
+    assert_close(expected, exact)
+
+
+@pytest.mark.parametrize("kernel", list(KERNELS))
+@pytest.mark.parametrize("late", ["all", "one word", "the other half"])
+def test_it_waits_for_the_others(device, kernel, late) -> None:
+    """Of a rank that sent two sums ago, or all but one value, or into the other half, nothing is added."""
+    if device.type == "cuda":
+        pytest.skip("the interpreter's launch can be watched, a GPU's cannot without a second stream")
+    turn, ranks = 5, Ranks(2, device, 4)
+    x, weight, ones = torch.ones(1, 4), torch.ones(32, 4), torch.ones(1, 32)
+    out = torch.zeros(1, 32)
+    ranks.arrived(0, [ones, ones], turn)
+    theirs = ranks.part(0, 1, turn, 32)
+    if late == "one word":
+        theirs[17] = 0
+    elif late == "all":
+        theirs.copy_(words_of(ones[0], turn - 2))
+    else:
+        ranks.part(0, 1, turn + 1, 32).copy_(theirs)
+        theirs.zero_()
+
+    def run() -> None:
+        KERNELS[kernel](x, weight, add=ones, out=out, inboxes=ranks.inboxes(0))
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(0.5)
+    assert thread.is_alive()
+    assert not out[0, 17]
+    ranks.arrived(0, [ones, ones], turn)
+    thread.join(60)
+    assert not thread.is_alive()
+    assert (out == 6).all()
+
+
+def test_which_products_are_summed_here(rand, device, monkeypatch) -> None:
+    """Those of one row without tensor cores, with a place for each program. What begins is called once."""
+    ranks, begun = Ranks(2, device), []  # kernels know addresses only: it must stay
+    inboxes = ranks.inboxes(0)
+
+    def begin() -> Inboxes:
+        begun.append(1)
+        return inboxes
+
+    x, weight, add = rand(1, 2080).float(), rand(32, 2080).float(), rand(1, 32).float()
+    ranks.arrived(0, [add, add], 1)
+    assert matvec_over_ranks(x, weight, add, begin) is not None
+    assert len(begun) == 1
+    assert matvec_over_ranks(rand(2, 2080).float(), weight, rand(2, 32).float(), begin) is None
+    monkeypatch.setattr("nanoengine.kernels.matvec_triton.PLACES", 1)
+    assert matvec_over_ranks(x, weight, add, begin) is None
+    assert len(begun) == 1
+
+
+@pytest.mark.parametrize("streams", [False, True])
+def test_large_weights_are_streamed(rand, device, monkeypatch, streams) -> None:
+    used: list[str] = []
+    tile = StreamedTile(rows=2, stages=3, warps=4, programs=5)
+    monkeypatch.setattr("nanoengine.kernels.matvec_triton.streamed_tile_of", lambda *_, **__: tile)
+    for name in ("gemv", "streamed"):
+        made = (torch.zeros(1, 32),) if name == "gemv" else torch.zeros(1, 32)
+        monkeypatch.setattr(
+            f"nanoengine.kernels.matvec_triton.{name}",
+            lambda *_, name=name, made=made, **__: (used.append(name), made)[1],
+        )
+    x, weight, add = rand(1, 4096).float(), rand(32, 4096).float(), rand(1, 32).float()
+    assert matvec_over_ranks(x, weight, add, lambda: Ranks(2, device).inboxes(0), streams=streams) is not None
+    assert used == ["streamed" if streams else "gemv"]

@@ -32,10 +32,15 @@ _RING = 96 << 10  # bytes of a program, of which a multiprocessor holds two
 _STEP = 16 << 10  # bytes that are multiplied at a time
 _PIECE = 4096  # of K: a tensor's elements; half as many where 4096 do not divide K
 _WORTH = 24 << 20  # bytes of a weight; smaller ones are held in registers
-# Of weights below so many bytes, with rows of so many elements or more: bytes of a ring, programs a multiprocessor. The
-# fastest of 8 to 25 tiles for each product of Qwen3-8B, whole or one of two ranks', in chains of layers (one H200,
-# 2026-11-30).
-_SMALLER = ((40 << 20, 0, 48 << 10, 4), (64 << 20, 6144, 48 << 10, 4), (64 << 20, 0, 64 << 10, 2))
+# Of weights below so many bytes, with rows of so many elements or more: bytes of a ring, programs a multiprocessor,
+# warps. The fastest of 8 to 25 tiles for each product of Qwen3-8B, whole or one of two ranks', in chains of layers (one
+# H200, 2026-11-30).
+_SMALLER = (
+    (28 << 20, 0, 32 << 10, 4, 4),
+    (40 << 20, 0, 48 << 10, 4, 8),
+    (64 << 20, 6144, 48 << 10, 4, 8),
+    (64 << 20, 0, 64 << 10, 2, 8),
+)
 
 
 @triton.jit
@@ -180,12 +185,12 @@ def tile_of(rows: int, outputs: int, k: int, *, gated: bool, itemsize: int) -> S
     if rows != 1 or weight < _WORTH or k < 2048 or k * itemsize % 16 or outputs > 1 << 15:
         return None
     fitting = (each[2:] for each in _SMALLER if weight < each[0] and k >= each[1])
-    ring, programs = next(fitting, (_RING, 2))
+    ring, programs, warps = next(fitting, (_RING, 2, 8))
     tile = streamed_tile(k, gated=gated, itemsize=itemsize, ring=ring)
     if tile is None:
         return None
     few = itemsize == 2 and not gated and 2 * _PIECE < k <= 3 * _PIECE  # of a row, in a program's registers
-    return replace(tile, programs=programs * _PROCESSORS, warps=4 if few else tile.warps)
+    return replace(tile, programs=programs * _PROCESSORS, warps=4 if few else warps)
 
 
 def constants(tile: StreamedTile, outputs: int, k: int) -> dict[str, int]:

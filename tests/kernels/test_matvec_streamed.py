@@ -92,7 +92,7 @@ def test_what_is_worth_it() -> None:
         (4096, 4096, False, StreamedTile(rows=2, stages=4, warps=8, programs=528)),
         (12288, 4096, True, StreamedTile(rows=1, stages=7, warps=8, programs=264)),
         (4096, 12288, False, StreamedTile(rows=1, stages=5, warps=4, programs=264)),
-        (3072, 4096, False, StreamedTile(rows=2, stages=4, warps=8, programs=528)),
+        (3072, 4096, False, StreamedTile(rows=2, stages=3, warps=4, programs=528)),
         (6144, 4096, True, StreamedTile(rows=1, stages=7, warps=8, programs=264)),
         (4096, 6144, False, StreamedTile(rows=1, stages=5, warps=8, programs=528)),
     ],

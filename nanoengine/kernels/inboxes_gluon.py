@@ -56,8 +56,9 @@ def over_ranks(y, at, mask, KIND: gl.constexpr, data, signals, turns, place, tur
     mine = signals[RANK].to(gl.pointer_type(gl.int32))
     for peer in gl.static_range(SIZE):
         if peer != RANK:
-            while gl.atomic_add(mine + peer * PLACES + place, 0, sem="acquire", scope="sys") - turn < 0:
-                pass
+            signal = mine + peer * PLACES + place
+            while ((gl.atomic_add(signal, 0, sem="acquire", scope="sys") - turn) & -4) != 0:
+                pass  # until it is this turn or the next, which may be three further; any other number is an old one
     _barrier()
     total = gl.zeros_like(y)
     for peer in gl.static_range(SIZE):

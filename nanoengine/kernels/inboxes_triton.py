@@ -24,12 +24,29 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 PLACES = 1024
 """The most programs of a product that is summed over ranks."""
+WAIT = tl.constexpr("""{
+    .reg .b32 value, stamp;
+    .reg .b64 word;
+    .reg .pred again;
+    mov.b32 value, 0;
+    setp.eq.b32 again, $3, 0;
+    @again bra DONE;
+AGAIN:
+    ld.relaxed.sys.global.b64 word, [$1];
+    mov.b64 {value, stamp}, word;
+    setp.ne.b32 again, stamp, $2;
+    @again bra AGAIN;
+DONE:
+    mov.b32 $0, value;
+}""")
+"""PTX: an address, a turn, whether to wait -> the value that came in this turn; 0 if not to wait."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -78,18 +95,28 @@ def _words(address, turn, sender, capacity, SIZE: tl.constexpr):
 
 
 @triton.jit
-def _received(words_ptr, turn, mask):
-    """Values of this turn, once all have come."""
-    words = tl.load(words_ptr, mask=mask, other=0, volatile=True)
-    while tl.max(tl.ravel(((words >> 32).to(tl.int32) != turn).to(tl.int32) & mask.to(tl.int32)), 0) > 0:
+def _received(words_ptr, turn, mask, ASM: tl.constexpr):
+    """Values of this turn, once all have come. ASM: each thread waits for its own, and for no other thread.
+
+    In a loop of one pass, of which the compiler makes no second one with values at other threads."""
+    if ASM:
+        values, once = tl.zeros(words_ptr.shape, tl.float32), turn * 0
+        while once == 0:
+            given = [words_ptr.to(tl.int64), turn, mask.to(tl.int32)]
+            values = tl.inline_asm_elementwise(WAIT, "=f,l,r,r", given, tl.float32, is_pure=False, pack=1)
+            once += 1
+        return values
+    else:
         words = tl.load(words_ptr, mask=mask, other=0, volatile=True)
-    return words.to(tl.int32).to(tl.float32, bitcast=True)
+        while tl.max(tl.ravel(((words >> 32).to(tl.int32) != turn).to(tl.int32) & mask.to(tl.int32)), 0) > 0:
+            words = tl.load(words_ptr, mask=mask, other=0, volatile=True)
+        return words.to(tl.int32).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def over_ranks(
     values, at, mask, data, turns, turn, capacity, RANK: tl.constexpr, SIZE: tl.constexpr, PLACES: tl.constexpr,
-    SHARE: tl.constexpr,
+    SHARE: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """The sum over ranks of float32 values at the places `at`, which no other program of the launch has.
 
@@ -103,7 +130,7 @@ def over_ranks(
         if peer == RANK:
             total += values
         else:
-            total += _received(_words(data[RANK], turn, peer, capacity, SIZE) + at, turn, mask)
+            total += _received(_words(data[RANK], turn, peer, capacity, SIZE) + at, turn, mask, ASM)
     tl.debug_barrier()  # all threads have read the turn
     i = tl.program_id(0) + tl.arange(0, SHARE) * tl.num_programs(0)
     tl.store(turns + i, turn, mask=i < PLACES)
@@ -112,11 +139,13 @@ def over_ranks(
 
 def by_words(inboxes: Inboxes | None, unused: Tensor, programs: int) -> dict[str, Any]:
     """Arguments of a kernel whose results are summed over ranks by words; of one rank, if there are no inboxes."""
-    alone = {"data": unused, "turns": unused, "capacity": 16, "RANK": 0, "SIZE": 1, "PLACES": PLACES, "SHARE": 1}
+    native = unused.is_cuda and torch.version.hip is None
     if inboxes is None:
-        return alone
+        one = dict.fromkeys(("data", "turns"), unused)
+        return {**one, "capacity": 16, "RANK": 0, "SIZE": 1, "PLACES": PLACES, "SHARE": 1, "ASM": native}
     assert programs <= PLACES, programs
     return {
         "data": inboxes.words, "turns": inboxes.turns, "capacity": inboxes.capacity[0], "RANK": inboxes.rank,
         "SIZE": inboxes.size, "PLACES": PLACES, "SHARE": triton.next_power_of_2(triton.cdiv(PLACES, programs)),
+        "ASM": native,
     }  # fmt: skip

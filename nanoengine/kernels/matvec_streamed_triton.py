@@ -100,7 +100,8 @@ def _streamed_kernel(
     N: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, STEPS: tl.constexpr, PADDED: tl.constexpr,
     PIECE: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr, OTHER: tl.constexpr, SPAN: tl.constexpr,
     GATED: tl.constexpr, ACTIVATION: tl.constexpr, NORM: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_ADD: tl.constexpr,
-    RANK: tl.constexpr, SIZE: tl.constexpr, PLACES: tl.constexpr, SHARE: tl.constexpr, PDL: tl.constexpr,
+    RANK: tl.constexpr, SIZE: tl.constexpr, PLACES: tl.constexpr, SHARE: tl.constexpr, ASM: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """A program has STEPS times ROWS outputs. PADDED: STEPS, up to the next power of two; SPAN: K likewise."""
     pieces: tl.constexpr = (K + PIECE - 1) // PIECE
@@ -144,7 +145,7 @@ def _streamed_kernel(
         y = act_mul(y, ups * scale + load_if(HAS_BIAS, bias_ptr + N + n, mask), ACTIVATION)
     more = load_if(HAS_ADD, add_ptr + n, mask)
     if SIZE > 1:
-        y = over_ranks(y, n, mask, others, turns, turn, capacity, RANK, SIZE, PLACES, SHARE)
+        y = over_ranks(y, n, mask, others, turns, turn, capacity, RANK, SIZE, PLACES, SHARE, ASM)
     y += more
     tl.store(y_ptr + n, y.to(y_ptr.dtype.element_ty), mask=mask)
 
@@ -193,14 +194,24 @@ def tile_of(rows: int, outputs: int, k: int, *, gated: bool, itemsize: int) -> S
     return replace(tile, programs=programs * _PROCESSORS, warps=4 if few else warps)
 
 
+def _steps(tile: StreamedTile, outputs: int) -> int:
+    """Of each program but the last."""
+    return triton.cdiv(triton.cdiv(outputs, tile.rows), tile.programs)
+
+
 def constants(tile: StreamedTile, outputs: int, k: int) -> dict[str, int]:
     """Those of the kernel that the tile and the weight decide."""
-    steps = triton.cdiv(triton.cdiv(outputs, tile.rows), tile.programs)
+    steps = _steps(tile, outputs)
     return {
         "N": outputs, "K": k, "ROWS": tile.rows, "STEPS": steps, "PADDED": triton.next_power_of_2(steps),
         "PIECE": _piece(k), "STAGES": tile.stages,
         "AHEAD": tile.ahead, "OTHER": tile.other, "SPAN": triton.next_power_of_2(k),
     }  # fmt: skip
+
+
+def programs_of(tile: StreamedTile, outputs: int) -> int:
+    """How many programs a launch has."""
+    return triton.cdiv(outputs, _steps(tile, outputs) * tile.rows)
 
 
 def streamed(
@@ -222,11 +233,10 @@ def streamed(
     outputs = len(weight) // 2 if gate else len(weight)
     check(x, weight, add, outputs)
     y = result(x, outputs, out)
-    made = constants(tile, outputs, k)
-    programs = triton.cdiv(outputs, made["STEPS"] * tile.rows)
+    programs = programs_of(tile, outputs)
     _streamed_kernel[(programs,)](
         x, norm_weight if norm_weight is not None else x, weight, bias if bias is not None else x,
-        add if add is not None else x, y, eps=eps, **made, **by_words(inboxes, x, programs),
+        add if add is not None else x, y, eps=eps, **constants(tile, outputs, k), **by_words(inboxes, x, programs),
         GATED=gate is not None, ACTIVATION=gate, NORM=norm_weight is not None,
         HAS_BIAS=bias is not None, HAS_ADD=add is not None, num_warps=tile.warps, **pdl_options(x),
     )  # fmt: skip

@@ -31,9 +31,9 @@ from nanoengine.kernels.inboxes_triton import PLACES, Inboxes, addresses, by_wor
 from nanoengine.kernels.matvec import takes_gemv
 from nanoengine.kernels.matvec_held_triton import HeldTile, held
 from nanoengine.kernels.matvec_large_triton import LargeTile, large, large_tile
-from nanoengine.kernels.matvec_parts_triton import check, pin, result
+from nanoengine.kernels.matvec_parts_triton import check, load_if, pin, result
 from nanoengine.kernels.matvec_skinny_triton import SkinnyTile, skinny
-from nanoengine.kernels.matvec_streamed_triton import streamed
+from nanoengine.kernels.matvec_streamed_triton import programs_of, streamed
 from nanoengine.kernels.matvec_streamed_triton import tile_of as streamed_tile_of
 from nanoengine.kernels.pdl_triton import pdl_options, release_dependents, wait_for_inputs
 from nanoengine.kernels.rms_norm_triton import add_rms_norm
@@ -54,7 +54,7 @@ def _gemv_kernel(
     T: tl.constexpr, N: tl.constexpr, K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     GATED: tl.constexpr, ACTIVATION: tl.constexpr, NORM: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_ADD: tl.constexpr, RANK: tl.constexpr, SIZE: tl.constexpr, PLACES: tl.constexpr,
-    SHARE: tl.constexpr, PDL: tl.constexpr,
+    SHARE: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)[None, :]
@@ -82,6 +82,8 @@ def _gemv_kernel(
             if GATED:
                 u = pin(u)
         x = tl.load(x_ptr + t * x_stride + k, mask=k_mask, other=0.0)
+        if SIZE > 1:  # in front of the wait for others, so that nothing is behind it
+            more = load_if(HAS_ADD, add_ptr + t * add_stride + n, n_mask)
         if HAS_RESIDUAL:
             residual = tl.load(residual_ptr + t * residual_stride + k, mask=k_mask, other=0.0)
             x = (x.to(tl.float32) + residual.to(tl.float32)).to(x.dtype)
@@ -104,8 +106,8 @@ def _gemv_kernel(
                 up += bias_u
             y = act_mul(y, up, ACTIVATION)
         if SIZE > 1:
-            y = over_ranks(y, n, n_mask, others, turns, turn, capacity, RANK, SIZE, PLACES, SHARE)
-        if HAS_ADD:
+            y = over_ranks(y, n, n_mask, others, turns, turn, capacity, RANK, SIZE, PLACES, SHARE, ASM) + more
+        elif HAS_ADD:
             y += tl.load(add_ptr + t * add_stride + n, mask=n_mask, other=0.0).to(tl.float32)
         tl.store(y_ptr + t * N + n, y.to(y_ptr.dtype.element_ty), mask=n_mask)
 
@@ -241,16 +243,16 @@ def matvec_over_ranks(
     """x @ weight.T, summed over ranks, + add, of one row. begin: called before the launch. streams: as in `matvec`.
 
     None: no kernel here does it. It depends on shapes alone, so it is the same on all ranks."""
-    rows, k = x.shape
-    shape: dict[str, Any] = {"gated": False, "itemsize": x.element_size()}
-    ring = streamed_tile_of(rows, len(weight), k, **shape) if streams else None
-    tile = tile_for(rows, len(weight), k, **shape)
-    if rows != 1 or not isinstance(tile, GemvTile) or triton.cdiv(len(weight), tile.block_n) > PLACES:
+    (rows, k), outputs = x.shape, len(weight)
+    if rows != 1:
         return None
-    out = torch.empty_like(add)
-    if ring is not None:
-        return streamed(x, weight, tile=ring, add=add, out=out, inboxes=begin())
-    return gemv(x, weight, None, tile=tile, add=add, out=out, inboxes=begin())[0]
+    shape: dict[str, Any] = {"gated": False, "itemsize": x.element_size()}
+    if streams and (ring := streamed_tile_of(rows, outputs, k, **shape)) and programs_of(ring, outputs) <= PLACES:
+        return streamed(x, weight, tile=ring, add=add, out=torch.empty_like(add), inboxes=begin())
+    tile = tile_for(rows, outputs, k, **shape)
+    if not isinstance(tile, GemvTile) or triton.cdiv(outputs, tile.block_n) > PLACES:
+        return None
+    return gemv(x, weight, None, tile=tile, add=add, out=torch.empty_like(add), inboxes=begin())[0]
 
 
 def norm_matvec(

@@ -329,7 +329,7 @@ def streamed(n: int, k: int, *, gated: bool, norm: bool, ranks: int = 1) -> dict
     constants = {
         **matvec_streamed_triton.constants(tile, n, k), "GATED": gated, "ACTIVATION": "silu" if gated else None,
         "NORM": norm, "HAS_BIAS": False, "HAS_ADD": not norm,
-        "RANK": 0, "SIZE": ranks, "PLACES": 1024, "SHARE": 4, "PDL": True,
+        "RANK": 0, "SIZE": ranks, "PLACES": 1024, "SHARE": 4, "ASM": True, "PDL": True,
     }  # fmt: skip
     found = compiled(matvec_streamed_triton._streamed_kernel, given, constants, tile.warps)
     copy = constants["ROWS"] * constants["PIECE"] * 2

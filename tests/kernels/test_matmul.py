@@ -298,3 +298,31 @@ def test_the_sum_over_ranks_at_the_end_on_a_gpu(assert_close, name, turn) -> Non
             used = -(-rows // tile.block_m) * (n // tile.block_n) * tile.splits
             assert (signals[1 - rank][rank, :used] == now).all()
             assert (turns[rank] == now).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("behind", [1, 2, 2**31 - 1, 2**31, 2**31 + 1, 2**32 - 4])
+def test_the_sum_over_ranks_waits_for_late_signals_on_a_gpu(behind) -> None:
+    """However old a signal is that another rank left: so many turns. What it sends comes by another stream, later."""
+    from nanoengine.kernels import matmul_gluon
+    from nanoengine.kernels.inboxes_triton import PLACES, Inboxes
+
+    tile, dtype, (rows, n, k), turn = ENDS["whole lines"], torch.bfloat16, (100, 192, 256), 7
+    data = torch.full((2, 2, 1 << 15), float("nan"), dtype=dtype, device="cuda")
+    signals = torch.full((2, PLACES), (turn - behind + 2**31) % 2**32 - 2**31, dtype=torch.int32, device="cuda")
+    there = [torch.tensor([each.data_ptr()] * 2, device="cuda") for each in (data, signals)]
+    turns = torch.full((PLACES,), turn - 1, dtype=torch.int32, device="cuda")
+    x, weight, theirs = (torch.randn(*shape, device="cuda").to(dtype) for shape in ((rows, k), (n, k), (rows, n)))
+    add, sent = torch.zeros_like(theirs), torch.full_like(signals[1], turn)
+    alone = matmul_gluon.matmul(x, weight, tile=tile)[0]
+    # rank 0 would write into its own memory, as there is one process: into another place than it reads
+    inboxes = Inboxes(0, 2, there[0], *there, turns, (1 << 16, 1 << 16))
+    torch.cuda.synchronize()
+    other = torch.cuda.Stream()
+    with torch.cuda.stream(other):
+        torch.cuda._sleep(20_000_000)
+        data[turn & 1, 1, : rows * n].copy_(theirs.flatten())
+        signals[1].copy_(sent)
+    y, _ = matmul_gluon.matmul(x, weight, tile=tile, add=add, inboxes=lambda: inboxes)
+    torch.cuda.synchronize()
+    assert torch.equal(y, all_reduce.all_reduce_add([alone, theirs], add))

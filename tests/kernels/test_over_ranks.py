@@ -141,17 +141,40 @@ def test_which_products_are_summed_here(rand, device, monkeypatch) -> None:
     assert len(begun) == 1
 
 
-@pytest.mark.parametrize("streams", [False, True])
-def test_large_weights_are_streamed(rand, device, monkeypatch, streams) -> None:
+@pytest.mark.parametrize(
+    ("outputs", "k", "streams", "kernel"),
+    [
+        (4096, 2048, True, "gemv"),  # attention's output of one of two ranks of Qwen3-8B, and down
+        (4096, 6144, True, "streamed"),
+        (4096, 6144, False, None),  # 4,096 programs
+        (5120, 4096, True, "streamed"),  # of Qwen3-32B
+        (5120, 12800, True, "streamed"),
+        (8192, 4096, True, "streamed"),  # of Llama-3-70B
+        (8192, 14336, True, "streamed"),
+    ],
+)
+def test_large_weights_are_streamed(device, monkeypatch, outputs, k, streams, kernel) -> None:
+    """By the tiles of real layers: what counts is a place for each program of the kernel that is launched."""
     used: list[str] = []
-    tile = StreamedTile(rows=2, stages=3, warps=4, programs=5)
-    monkeypatch.setattr("nanoengine.kernels.matvec_triton.streamed_tile_of", lambda *_, **__: tile)
     for name in ("gemv", "streamed"):
-        made = (torch.zeros(1, 32),) if name == "gemv" else torch.zeros(1, 32)
+        made = (torch.zeros(1, outputs),) if name == "gemv" else torch.zeros(1, outputs)
         monkeypatch.setattr(
             f"nanoengine.kernels.matvec_triton.{name}",
             lambda *_, name=name, made=made, **__: (used.append(name), made)[1],
         )
-    x, weight, add = rand(1, 4096).float(), rand(32, 4096).float(), rand(1, 32).float()
-    assert matvec_over_ranks(x, weight, add, lambda: Ranks(2, device).inboxes(0), streams=streams) is not None
-    assert used == ["streamed" if streams else "gemv"]
+
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(*shape, dtype=torch.bfloat16, device="meta")
+
+    given = (empty(1, k), empty(outputs, k), empty(1, outputs))
+    found = matvec_over_ranks(*given, lambda: Ranks(2, device).inboxes(0), streams=streams)
+    assert (found is not None, used) == (kernel is not None, [kernel] if kernel else [])
+
+
+def test_a_place_for_each_program_of_a_ring(device, monkeypatch) -> None:
+    monkeypatch.setattr("nanoengine.kernels.matvec_triton.streamed", lambda *_, **__: "streamed")
+    given = [torch.empty(*shape, dtype=torch.bfloat16, device="meta") for shape in ((1, 6144), (4096, 6144), (1, 4096))]
+    for places, taken in ((512, True), (511, False)):
+        monkeypatch.setattr("nanoengine.kernels.matvec_triton.PLACES", places)
+        found = matvec_over_ranks(*given, lambda: Ranks(2, device).inboxes(0), streams=True)
+        assert (found is not None) is taken, places

@@ -1,9 +1,9 @@
 """Memory that the GPUs of a host can read of each other, and small collectives that use it.
 
-Products of few rows sum themselves over ranks, through inboxes that ranks write into (`inboxes_triton`). Others are
-written into the rank's buffer (`partial`), and one kernel on each rank reads the buffers of all (`all_reduce_triton`).
-Larger sums use NCCL. The GPUs must be able to access each
-other's memory (NVLink or PCIe peer access); multicast is not used.
+Products of few rows end with their sum over ranks, through inboxes that ranks write into (`inboxes_triton`). Others
+are written into the rank's buffer (`partial`), and one kernel on each rank reads the buffers of all
+(`all_reduce_triton`). Larger sums use NCCL. The GPUs must be able to access each other's memory (NVLink or PCIe peer
+access); multicast is not used.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ _CAPACITY = {2: 8 << 20}
 _CAPACITY_OF_MORE = 1 << 20
 """Up to so many bytes, one kernel is faster than NCCL's ring. With two ranks both move the same number of bytes; with
 more, one kernel reads size - 1 times as many."""
-_WORDS, _COPIES = 128 << 10, 4 << 20
-"""Bytes of a rank's part of an inbox; of copies at most `capacity`."""
+_WORDS, _COPIES = 128 << 10, 2 << 20
+"""Bytes of a rank's part of an inbox: a row of 16,384 words; 256 rows of 4,096 copies, at most `capacity`."""
 
 
 class SymmetricMemory:

@@ -4,6 +4,7 @@
 # ruff: noqa: N803, RUF005 - constants of a kernel are in capitals, and Triton knows no starred tuple
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import triton
@@ -13,7 +14,7 @@ from triton.experimental.gluon import language as gl
 
 from nanoengine.kernels.inboxes_triton import PLACES, Inboxes
 
-_barrier = getattr(gl, "thread_barrier", None) or gl.barrier  # by its name in Triton 3.6, and behind it
+barrier = getattr(gl, "thread_barrier", None) or gl.barrier  # by its name in Triton 3.6, and behind it
 
 
 @gluon.jit
@@ -48,7 +49,7 @@ def over_ranks(y, at, mask, KIND: gl.constexpr, data, signals, turns, place, tur
     for peer in gl.static_range(SIZE):
         if peer != RANK:
             gl.store(_copies(data[peer], turn, RANK, capacity, SIZE, KIND) + at, copy, mask=mask)
-    _barrier()  # every thread's copies are written before one of them signals, and all have read the turn
+    barrier()  # every thread's copies are written before one of them signals, and all have read the turn
     for peer in gl.static_range(SIZE):
         if peer != RANK:
             theirs = signals[peer].to(gl.pointer_type(gl.int32))
@@ -59,7 +60,7 @@ def over_ranks(y, at, mask, KIND: gl.constexpr, data, signals, turns, place, tur
             signal = mine + peer * PLACES + place
             while ((gl.atomic_add(signal, 0, sem="acquire", scope="sys") - turn) & -4) != 0:
                 pass  # until it is this turn or the next, which may be three further; any other number is an old one
-    _barrier()
+    barrier()
     total = gl.zeros_like(y)
     for peer in gl.static_range(SIZE):
         if peer == RANK:
@@ -73,12 +74,13 @@ def over_ranks(y, at, mask, KIND: gl.constexpr, data, signals, turns, place, tur
     return total
 
 
-def by_copies(inboxes: Inboxes | None, unused: Tensor, programs: int) -> dict[str, Any]:
-    """Arguments of a kernel whose results are summed over ranks by copies; of one rank, if there are no inboxes."""
-    if inboxes is None:
+def by_copies(begin: Callable[[], Inboxes] | None, unused: Tensor, programs: int) -> dict[str, Any]:
+    """Arguments of a kernel whose results are summed over ranks by copies; of one rank, if begin is None."""
+    if begin is None:
         one = dict.fromkeys(("data", "signals", "turns"), unused)
         return {**one, "capacity": 16, "RANK": 0, "SIZE": 1, "PLACES": PLACES, "SHARE": 1}
     assert programs <= PLACES, programs
+    inboxes = begin()
     return {
         "data": inboxes.copies, "signals": inboxes.signals, "turns": inboxes.turns, "capacity": inboxes.capacity[1],
         "RANK": inboxes.rank, "SIZE": inboxes.size, "PLACES": PLACES,

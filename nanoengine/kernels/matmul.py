@@ -158,7 +158,7 @@ def _tile_of_large(rows: int, outputs: int, k: int, *, gated: bool) -> MatmulTil
     these, and cuBLAS for o, 64.2. 256 rows, by cuBLAS, 96.4; by these for down 95.0."""
     if not 2048 <= k <= 8192 or not 3072 <= outputs <= (8192 if gated else 4096):
         return None
-    if rows <= 64:
+    if rows <= FEW_ROWS:
         if gated:
             return _deepest(64, 32, 64, gated=True, room=_SHARED_BYTES // 2)
         return _deepest(64, 32, 128) if outputs == 3072 or k > 4096 else None
@@ -195,6 +195,7 @@ def _deepest(
 def tile_over_ranks(rows: int, outputs: int, k: int, *, itemsize: int) -> MatmulTile | None:
     """The tile of a product that ends with its sum over ranks. None: as in `matmul_tile`.
 
+    Not of 2 to 32 rows: for them tiles of 64 rows cost more than a sum that is read (two H200s, 2026-11-30).
     Of 256 rows of Qwen3-8B's halves of o and down it is as fast as cuBLAS (one H200, 2026-11-30)."""
     if itemsize != 2 or not MIN_ROWS <= rows <= 256 or not 2 * _SHORT <= outputs <= 4 * _SHORT:
         return None

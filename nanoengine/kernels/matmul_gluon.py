@@ -24,12 +24,11 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from nanoengine.kernels.inboxes_gluon import addresses, by_copies, next_turn, over_ranks
+from nanoengine.kernels.inboxes_gluon import addresses, barrier, by_copies, next_turn, over_ranks
 from nanoengine.kernels.inboxes_triton import Inboxes
 from nanoengine.kernels.matmul import MatmulTile, Scaled
 from nanoengine.kernels.matmul_triton import Launch
 
-_barrier = getattr(gl, "thread_barrier", None) or gl.barrier  # by its name in Triton 3.6, and behind it
 _TYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 
 
@@ -92,11 +91,11 @@ def _share_of_parts(acc, part_ptr, ticket_ptr, at, layout: gl.constexpr, BLOCK_M
     r = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, acc.type.layout))
     c = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, acc.type.layout))
     gl.store(part + gl.program_id(0) * size + r[:, None] * BLOCK_N + c[None, :], acc)
-    _barrier()  # every thread's part is written before one of them releases the ticket
+    barrier()  # every thread's part is written before one of them releases the ticket
     end = (gl.atomic_add(ticket, 1, sem="acq_rel", scope="gpu") & -SPLITS) + SPLITS
     while gl.atomic_add(ticket, 0, sem="acquire", scope="gpu") - end < 0:
         pass
-    _barrier()
+    barrier()
     y = gl.zeros([BLOCK_M // SPLITS, BLOCK_N], gl.float32, layout=layout)
     for split in gl.static_range(SPLITS):  # .cg: other programs wrote it; never from this multiprocessor's own L1
         y += gl.load(part + split * size + at, cache_modifier=".cg")
@@ -248,7 +247,7 @@ def matmul(
         _described(weight, tile.block_n, tile.block_k),
         *given.pointers(), part, given.y if tickets is None else tickets,
         rows=given.rows, add_stride=0 if add is None else add.stride(0), eps=eps,
-        **by_copies(inboxes and inboxes(), given.y, tile.splits * given.grid[0]),
+        **by_copies(inboxes, given.y, tile.splits * given.grid[0]),
         K=k, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
         STAGES=stages, **given.constants, SPLITS=tile.splits, STAGED=tile.staged,
         WARPS=tile.warps, num_warps=tile.warps, launch_pdl=True,

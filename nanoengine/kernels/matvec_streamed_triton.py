@@ -196,7 +196,7 @@ def tile_of(rows: int, outputs: int, k: int, *, gated: bool, itemsize: int) -> S
 
 def _steps(tile: StreamedTile, outputs: int) -> int:
     """Of each program but the last."""
-    return triton.cdiv(triton.cdiv(outputs, tile.rows), tile.programs)
+    return -(-outputs // (tile.rows * tile.programs))
 
 
 def constants(tile: StreamedTile, outputs: int, k: int) -> dict[str, int]:
@@ -211,7 +211,7 @@ def constants(tile: StreamedTile, outputs: int, k: int) -> dict[str, int]:
 
 def programs_of(tile: StreamedTile, outputs: int) -> int:
     """How many programs a launch has."""
-    return triton.cdiv(outputs, _steps(tile, outputs) * tile.rows)
+    return -(-outputs // (_steps(tile, outputs) * tile.rows))
 
 
 def streamed(

@@ -242,7 +242,7 @@ def matvec_over_ranks(
 ) -> Tensor | None:
     """x @ weight.T, summed over ranks, + add, of one row. begin: called before the launch. streams: as in `matvec`.
 
-    None: no kernel here does it. It depends on shapes alone, so it is the same on all ranks."""
+    None: no kernel here does it, which is the same on all ranks."""
     (rows, k), outputs = x.shape, len(weight)
     if rows != 1:
         return None

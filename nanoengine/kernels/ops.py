@@ -111,7 +111,8 @@ class Ops:
         *,
         next_norm: Tensor | None = None,
     ) -> Tensor | None:
-        """The product, summed over ranks, + residual; None: the caller does it. It depends on shapes alone.
+        """The product, summed over ranks, + residual; None: the caller does it. The same on all ranks, as it
+        depends on what these have in common: sizes, types, how tensors lie in memory, and the kind of GPU.
 
         inboxes: as `TensorParallelGroup.inboxes` gives it. next_norm: as in `linear_add`."""
         return None

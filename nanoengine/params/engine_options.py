@@ -121,7 +121,8 @@ class EngineOptions:
         kernels: single kernels and copies to turn on or off, as {"attention_codes": false}. Without one, another
             does its work: `nanoengine.kernels.choice` has their names.
         fuse_sampling: fuse the standard sampler operations (one sort for top-k, top-p and min-p).
-        custom_all_reduce: small sums over GPUs are read from the memory of the other GPUs; otherwise all use NCCL.
+        custom_all_reduce: small sums over GPUs are made through the memory of the other GPUs, read or written;
+            otherwise all use NCCL.
         skip_tokenizer_init: load no tokenizer; requests and outputs have only token ids.
         chat_template_timeout: seconds that a chat template may take for one conversation.
         chat_template_memory: bytes that the process of a chat template may use in addition to its idle size.

@@ -44,6 +44,7 @@ from nanoengine.kernels import experts_grouped_triton as grouped
 from nanoengine.kernels import int4_roles_copies_gluon as copies
 from nanoengine.kernels import paged_attention_several_triton as several
 from nanoengine.kernels.gguf import BLOCK_TYPES
+from nanoengine.kernels.inboxes_triton import PLACES
 from nanoengine.kernels.kv_quant import KV_DTYPES, LARGEST
 from nanoengine.kernels.matmul import matmul_tile, tile_over_ranks
 from nanoengine.kernels.paged_attention_plan import beside_products, fused_config, several_config
@@ -81,9 +82,10 @@ def compiled(
         told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     numbers = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", told)}
     found = Counter(re.findall(r"\b(LDG\.E[.\w]*|LDGSTS[.\w]*|[HQI]GMMA|UTMALDG|WARPGROUP\.DEPBAR)\b", told))
+    stores = Counter(re.findall(r"\bSTG\.E[.\w]*", told))
     in_front = made.asm["ttgir"].partition("scf.for")[0]
     early = {"copies": in_front.count("ttg.async_copy_global"), "waits": in_front.count("griddepcontrol.wait")}
-    return {"shared": made.metadata.shared, "instructions": found, "in_front": early, **numbers}
+    return {"shared": made.metadata.shared, "instructions": found, "stores": stores, "in_front": early, **numbers}
 
 
 def route() -> dict[str, Any]:
@@ -257,7 +259,14 @@ def layer_product(
     assert tile is not None
     module, reads = (matmul_gluon if tile.gluon else matmul_triton), outputs != hidden or gated
     others = {"AHEAD": 256, "HAS_BIAS": False, "ACTIVATION": "silu", "PDL": True}
-    own = {"WARPS": tile.warps, "SPLITS": tile.splits, "STAGED": tile.staged, "RANK": 0, "SIZE": ranks, "PLACES": 1024}
+    own = {
+        "WARPS": tile.warps,
+        "SPLITS": tile.splits,
+        "STAGED": tile.staged,
+        "RANK": 0,
+        "SIZE": ranks,
+        "PLACES": PLACES,
+    }
     own |= {"SHARE": 8}
     constants = {
         "N": outputs, "K": k, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k,
@@ -329,7 +338,7 @@ def streamed(n: int, k: int, *, gated: bool, norm: bool, ranks: int = 1) -> dict
     constants = {
         **matvec_streamed_triton.constants(tile, n, k), "GATED": gated, "ACTIVATION": "silu" if gated else None,
         "NORM": norm, "HAS_BIAS": False, "HAS_ADD": not norm,
-        "RANK": 0, "SIZE": ranks, "PLACES": 1024, "SHARE": 4, "ASM": True, "PDL": True,
+        "RANK": 0, "SIZE": ranks, "PLACES": PLACES, "SHARE": 4, "ASM": True, "PDL": True,
     }  # fmt: skip
     found = compiled(matvec_streamed_triton._streamed_kernel, given, constants, tile.warps)
     copy = constants["ROWS"] * constants["PIECE"] * 2

@@ -149,6 +149,23 @@ def test_tiles_of_one_of_two_ranks_are_those_measured(rows) -> None:
         assert matmul_tile(rows, n, k, gated=gated, itemsize=4) is None
 
 
+@pytest.mark.parametrize(
+    ("rows", "block"),
+    [
+        *((1, None), (32, None), (33, (64, 32)), (64, (64, 32)), (65, (64, 64)), (128, (64, 64))),
+        *((129, (128, 64)), (256, (128, 64)), (257, None)),
+    ],
+)
+def test_tiles_of_products_that_are_summed_over_ranks(rows, block) -> None:
+    for n, k in ((4096, 2048), (4096, 6144), (2048, 1024), (2560, 4864)):
+        tile = twin.tile_over_ranks(rows, n, k, itemsize=2)
+        assert (tile and (tile.block_m, tile.block_n)) == block
+        assert tile is None or (tile.gluon and tile.staged and tile.splits == 1)
+        assert twin.tile_over_ranks(rows, n, k, itemsize=4) is None
+    for n, k in ((1024, 2048), (4160, 2048), (5120, 2048), (4096, 896), (4096, 2080), (4064, 2048)):
+        assert twin.tile_over_ranks(rows, n, k, itemsize=2) is None
+
+
 def test_other_sizes_and_gpus_have_no_tiles_that_need_measuring() -> None:
     """Larger models' products, odd ones, and those of parts on a GPU that cannot hold all programs at a time: none may
     wait for another."""

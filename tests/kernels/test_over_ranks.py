@@ -3,15 +3,22 @@ what the others send is written beforehand. Those by copies, in Gluon, are in `t
 
 from __future__ import annotations
 
+import itertools
+import sys
 import threading
 from functools import partial
+from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
+import uninterpreted
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton")
 from nanoengine.kernels import all_reduce as reference
+from nanoengine.kernels import inboxes_triton, matvec_streamed_triton, matvec_triton
 from nanoengine.kernels.inboxes_triton import PLACES, Inboxes
 from nanoengine.kernels.matvec_streamed_triton import StreamedTile, streamed
 from nanoengine.kernels.matvec_triton import GemvTile, gemv, matvec_over_ranks
@@ -178,3 +185,83 @@ def test_a_place_for_each_program_of_a_ring(device, monkeypatch) -> None:
         monkeypatch.setattr("nanoengine.kernels.matvec_triton.PLACES", places)
         found = matvec_over_ranks(*given, lambda: Ranks(2, device).inboxes(0), streams=True)
         assert (found is not None) is taken, places
+
+
+MUTANTS = {
+    "always the same half": ("((turn & 1) * SIZE", "((turn & 0) * SIZE"),
+    "turns of its own place only": ("mask=i < PLACES", "mask=i == tl.program_id(0)"),
+    "0 is a turn": ("tl.where(turn == 0, 2, turn)", "turn"),
+    "no turn goes with a value": ("| (turn.to(tl.int64) << 32)", ""),
+    "another rank's place": ("turn, RANK, capacity, SIZE) + at, words", "turn, peer, capacity, SIZE) + at, words"),
+}
+PATIENT = ("while tl.max(", "if tl.max(")
+"""All has come: so what waits for ever would only hide what is wrong."""
+
+
+def check(kernel: str, device: torch.device, turn: int) -> None:
+    """Of three ranks; in the other half there is something else of this turn."""
+    ranks, now = Ranks(3, device, turn), following(turn)
+    x, weight, add = (torch.ones(*shape, device=device) for shape in ((1, 8), (42, 8), (1, 42)))
+    ranks.arrived(1, [torch.full((1, 42), float(i)) for i in (3, 0, 5)], now)
+    for sender in (0, 2):
+        ranks.part(1, sender, now + 1, 42).copy_(words_of(torch.full((42,), 9.0), now))
+    out = torch.zeros(1, 42, device=device)
+    KERNELS[kernel](x, weight, add=add, out=out, inboxes=ranks.inboxes(1))
+    assert (out == 17).all()
+    assert (ranks.turns[1] == now).all()
+    for other in (0, 2):
+        assert torch.equal(ranks.part(other, 1, now, 42), words_of(torch.full((42,), 8.0), now))
+
+
+@pytest.mark.parametrize("kernel", list(KERNELS))
+@pytest.mark.parametrize("name", ["none", *MUTANTS])
+def test_mutants_are_found(device, monkeypatch, tmp_path, kernel, name) -> None:
+    if device.type == "cuda":
+        pytest.skip("changed for the interpreter, which waits in a loop of tensors")
+    monkeypatch.setitem(sys.modules, "mutant", ModuleType("mutant"))  # which a data class asks for
+    (tmp_path / "first").mkdir()
+    (tmp_path / "second").mkdir()
+    made = uninterpreted.mutant(inboxes_triton, {"patient": PATIENT}, "patient", tmp_path / "first")
+    if name != "none":
+        made = uninterpreted.mutant(made, MUTANTS, name, tmp_path / "second")
+    for module, part in itertools.product((matvec_triton, matvec_streamed_triton), ("next_turn", "over_ranks")):
+        monkeypatch.setattr(module, part, getattr(made, part))
+    found = 0
+    for turn in (5, 6, -1):
+        try:
+            check(kernel, device, turn)
+        except AssertionError:
+            found += 1
+    assert (found > 0) == (name != "none")
+
+
+@pytest.mark.parametrize("kernel", list(KERNELS))
+def test_a_step_may_be_withdrawn_when_all_memory_is_there(rand, device, monkeypatch, kernel) -> None:
+    """What begins waits for the other ranks, and may raise on all of them: then nothing has been sent. Behind it
+    nothing may fail on one rank alone, as an allocation would."""
+    ranks, made = Ranks(2, device), list[str]()
+
+    class Allocations(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if "empty" in str(func) or "zeros" in str(func):
+                made.append("memory")
+            return func(*args, **(kwargs or {}))
+
+    def begin() -> Inboxes:
+        made.append("begin")
+        if made.count("begin") == 1:
+            raise MemoryError
+        return inboxes
+
+    inboxes, tile = ranks.inboxes(0), StreamedTile(rows=2, stages=3, warps=4, programs=5)
+    monkeypatch.setattr(matvec_triton, "streamed_tile_of", lambda *_, **__: tile if kernel == "streamed" else None)
+    x, weight, add = rand(1, 2080).float(), rand(32, 2080).float(), rand(1, 32).float()
+    with pytest.raises(MemoryError):
+        matvec_over_ranks(x, weight, add, begin, streams=True)
+    assert not ranks.turns[0].any()
+    assert not ranks.words[1].any()
+    module, name = (matvec_triton, "_gemv_kernel") if kernel == "held" else (matvec_streamed_triton, "_streamed_kernel")
+    monkeypatch.setattr(module, name, {(32 if kernel == "held" else 4,): lambda *_, **__: made.append("launch")})
+    with Allocations():
+        matvec_over_ranks(x, weight, add, begin, streams=True)
+    assert made == ["begin", "memory", "begin", "launch"]

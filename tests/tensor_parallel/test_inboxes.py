@@ -24,7 +24,7 @@ from . import inbox_ranks as ranks
 
 @pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="interpreted; GPUs are tested in tests/gpu")
-def test_two_ranks_with_sums_of_all_kinds_by_turns(tmp_path: Path) -> None:
+def test_two_ranks_with_sums_by_words_of_all_kernels_by_turns(tmp_path: Path) -> None:
     pytest.importorskip("triton")
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     given = [sys.executable, ranks.__file__]

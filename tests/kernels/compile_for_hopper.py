@@ -6,15 +6,11 @@ kernel, in which each of its tiles, products and branches is."""
 from __future__ import annotations
 
 import json
-import re
-import subprocess
 import sys
-import tempfile
-from collections import Counter
 from itertools import product
-from pathlib import Path
 from typing import Any
 
+import disassembly
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
@@ -51,7 +47,6 @@ from nanoengine.kernels.paged_attention_plan import beside_products, fused_confi
 from nanoengine.kernels.paged_attention_slices import WARPS, SlicesConfig, code_slices_keys, slices_config
 
 EXPERTS, TOP_K, HIDDEN, INNER = 128, 8, 2048, 768
-TOOL = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 
 def kinds(**pointers: str) -> dict[str, str]:
@@ -75,17 +70,10 @@ def compiled(
     source = kind(fn=kernel, signature=signature, constexprs=places, attrs=aligned)
     options = {"num_warps": warps, "launch_pdl": True, **({"maxnreg": registers} if registers else {})}
     made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(made.asm["cubin"])
-        file.flush()
-        command = [TOOL, "-res-usage", "-sass", file.name]
-        told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    numbers = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", told)}
-    found = Counter(re.findall(r"\b(LDG\.E[.\w]*|LDGSTS[.\w]*|[HQI]GMMA|UTMALDG|WARPGROUP\.DEPBAR)\b", told))
-    stores = Counter(re.findall(r"\bSTG\.E[.\w]*", told))
     in_front = made.asm["ttgir"].partition("scf.for")[0]
     early = {"copies": in_front.count("ttg.async_copy_global"), "waits": in_front.count("griddepcontrol.wait")}
-    return {"shared": made.metadata.shared, "instructions": found, "stores": stores, "in_front": early, **numbers}
+    cubin = made.asm["cubin"]
+    return {"shared": made.metadata.shared, "cubin": cubin, "in_front": early, **disassembly.resources(cubin)}
 
 
 def route() -> dict[str, Any]:
@@ -481,6 +469,10 @@ def main() -> None:
     for rows in (1, 16, 64):
         found[f"int4 x{rows}"] = int4(rows, 4096, 4096)
     found["int4 roles"] = int4_roles(256, 4096, 12288)
+    read = disassembly.instructions([kernel.pop("cubin") for kernel in found.values()])
+    for kernel, instructions in zip(found.values(), read, strict=True):
+        kernel["stores"] = {op: n for op, n in instructions.items() if op.startswith("STG")}
+        kernel["instructions"] = {op: n for op, n in instructions.items() if op not in kernel["stores"]}
     json.dump(found, sys.stdout)
 
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import FrozenInstanceError, dataclass
+from importlib.metadata import Distribution
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -321,6 +322,24 @@ def test_an_object_handed_over_fails_at_once() -> None:
     bad = ModelSpec(name="bad", architectures=("A",), target="no colon", api=1)
     with pytest.raises(PluginError, match=r"object 'mine'.*package\.module:Class"):
         discover(extra=[("mine", holder(register_models=lambda: [bad]))])
+
+
+def test_the_pages_of_a_distribution_are_parsed_once(install: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not for each question for its name or version: with nanoengine's README that was most of a discovery's time."""
+    parsed: list[str] = []
+    told = Distribution.metadata
+    assert isinstance(told, property)
+
+    def counted(distribution: Distribution) -> Any:
+        found = told.fget(distribution)  # type: ignore[misc]
+        parsed.append(found["Name"])
+        return found
+
+    monkeypatch.setattr(Distribution, "metadata", property(counted))
+    install("nanoengine-zeta", model())
+    assert len(discover().plugins) > 2
+    assert sorted(parsed) == sorted(set(parsed))
+    assert {"nanoengine", "nanoengine-zeta"} <= set(parsed)
 
 
 def test_discovery_imports_no_torch() -> None:

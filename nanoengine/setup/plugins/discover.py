@@ -11,7 +11,7 @@ import re
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import Distribution, EntryPoint, entry_points
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -49,8 +49,8 @@ def discover(plugin_files: Sequence[str | Path] = (), *, extra: Sequence[tuple[s
     Raises `PluginError` if a file or an object fails. Failures of installed plugins are in `Registry.failures`.
     """
     search = _Search()
-    for entry in _installed():
-        search.entry_point(entry)
+    for entry, origin in _installed():
+        search.entry_point(entry, origin)
     for path in plugin_files:
         search.file(Path(path))
     for name, plugin in extra:
@@ -68,14 +68,22 @@ def discover_given(plugins: Any) -> Registry:
     return discover(files, extra=extra)
 
 
-def _installed() -> list[EntryPoint]:
+def _installed() -> list[tuple[EntryPoint, Origin]]:
     """nanoengine's own first, then by distribution and name: the order of processors must not depend on sys.path."""
+    said: dict[Distribution | None, tuple[str | None, str | None]] = {None: (None, None)}  # name and version
 
-    def order(entry: EntryPoint) -> tuple[bool, str, str]:
-        name = entry.dist.name if entry.dist else ""
-        return (name != PROJECT, name, entry.name)
+    def origin(entry: EntryPoint) -> Origin:
+        if entry.dist is not None and entry.dist not in said:
+            metadata = entry.dist.metadata  # parses pages, the README in them, each time
+            said[entry.dist] = (metadata["Name"], metadata["Version"])
+        name, version = said[entry.dist]
+        return Origin(plugin=entry.name, distribution=name, version=version, module=entry.value)
 
-    return sorted(entry_points(group=PROJECT), key=order)
+    def order(found: tuple[EntryPoint, Origin]) -> tuple[bool, str, str]:
+        name = found[1].distribution or ""
+        return (name != PROJECT, name, found[1].plugin)
+
+    return sorted([(entry, origin(entry)) for entry in entry_points(group=PROJECT)], key=order)
 
 
 @dataclass
@@ -89,14 +97,7 @@ class _Search:
     failures: list[Failure] = field(default_factory=list)
     files: list[PluginFile] = field(default_factory=list)
 
-    def entry_point(self, entry: EntryPoint) -> None:
-        dist = entry.dist
-        origin = Origin(
-            plugin=entry.name,
-            distribution=dist.name if dist else None,
-            version=dist.version if dist else None,
-            module=entry.value,
-        )
+    def entry_point(self, entry: EntryPoint, origin: Origin) -> None:
         try:
             plugin = entry.load()
         except BaseException as error:  # noqa: BLE001 - `_fail` raises Ctrl-C again

@@ -11,9 +11,11 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from nanoengine.api import (
@@ -40,7 +42,10 @@ _WORD = (1 << 32) - 1
 _HALF = 1 << 20  # a hidden state has 20 bits, which are exact in float32
 
 
-def mix(x: Tensor) -> Tensor:
+_Integers = TypeVar("_Integers", Tensor, NDArray[Any], int)  # int64, of which products keep the low bits
+
+
+def mix(x: _Integers) -> _Integers:
     """A 32-bit integer mix (murmur3's finaliser) of int64 values in [0, 2^32)."""
     x = x ^ (x >> 16)
     x = (x * 0x85EBCA6B) & _WORD
@@ -49,7 +54,7 @@ def mix(x: Tensor) -> Tensor:
     return x ^ (x >> 16)
 
 
-def mark(token_ids: Tensor, positions: Tensor) -> Tensor:
+def mark(token_ids: _Integers, positions: _Integers) -> _Integers:
     """The number that a token adds to the sum of the history, int64."""
     return mix((token_ids * 0x9E3779B1 + positions * 0x7F4A7C15 + 1) & _WORD)
 
@@ -61,10 +66,12 @@ def logits_of(history: Tensor, vocab_size: int) -> Tensor:
 
 
 def reference_logits(token_ids: Sequence[int], vocab_size: int) -> Tensor:
-    """float32 [V]: the logits after `token_ids`, computed from the tokens alone."""
-    ids = torch.tensor(token_ids, dtype=torch.int64)
-    history = mark(ids, torch.arange(len(ids))).sum() % (_HALF * _HALF)
-    return logits_of(history[None], vocab_size)[0]
+    """float32 [V]: the logits after `token_ids`, computed from the tokens alone; by NumPy, whose small arrays take a
+    tenth of the time of small tensors."""
+    ids = np.array(token_ids, dtype=np.int64)
+    history = int(mark(ids, np.arange(len(ids), dtype=np.int64)).sum()) % (_HALF * _HALF)
+    hashed = mix((mix(history & _WORD) + np.arange(vocab_size, dtype=np.int64) * 0x27D4EB2F) & _WORD) >> 16
+    return torch.from_numpy(hashed.astype(np.float32) / 4096)
 
 
 class MockAttention(AttentionBackend):

@@ -9,7 +9,7 @@ from typing import Literal
 KernelName = Literal[
     "attention_code_slices", "attention_codes", "attention_prefill_gluon", "attention_slices",
     "attention_slices_beside", "eight_bit_streamed", "int4_gluon", "mask_in_scan", "masks_beside",
-    "matvec_streamed", "products_wide", "sums_pushed",
+    "matvec_streamed", "products_in_parts", "products_wide", "sums_pushed",
 ]  # fmt: skip
 KERNELS: Mapping[KernelName, bool] = {
     # many rows with K and V in eight bits, from qkv, in slices of keys on Hopper GPUs; else in tiles, behind a store
@@ -24,6 +24,8 @@ KERNELS: Mapping[KernelName, bool] = {
     "mask_in_scan": True,  # a captured draw masks and checks logits as it first reads them; else kernels in front of it
     "masks_beside": True,  # late masks are copied on a stream of their own; else on that of the steps
     "matvec_streamed": True,  # one row times a large weight by rings of shared memory on Hopper GPUs; else registers
+    # some products of 193 to 256 rows in two parts of K that the norm behind adds up: `matmul.takes_parts`
+    "products_in_parts": True,
     "products_wide": True,  # some products with a gate in tiles of 96 outputs on Hopper GPUs: `matmul.takes_wide`
     # products of few rows end with their sum over GPUs, by writing to the others; else a kernel behind them reads
     "sums_pushed": True,

@@ -15,9 +15,11 @@ from nanoengine.kernels.gluon import is_hopper, multiprocessors, runs_gluon
 from nanoengine.kernels.matmul import (
     FEW_ROWS,
     MOST_SPLITS,
+    PARTS,
     MatmulTile,
     Scaled,
     matmul_tile,
+    takes_parts,
     takes_wide,
     tile_over_ranks,
 )
@@ -29,9 +31,9 @@ _MEASURED_WITHOUT = 192  # rows; beyond, `matmul_triton` with a gate is faster t
 class Products:
     """Products by `matmul_triton` and `matmul_gluon`, on GPUs of compute capability 9.0, where they were measured."""
 
-    def __init__(self, *, wide: bool = True) -> None:
-        """wide: also those with a gate by large weights, by `matmul_wide_gluon`."""
-        self._wide = wide
+    def __init__(self, *, wide: bool = True, in_parts: bool = True) -> None:
+        """wide: also those with a gate by large weights, by `matmul_wide_gluon`. in_parts: also `parts`."""
+        self._wide, self._in_parts = wide, in_parts
         self._tickets: Tensor | None = None  # [parts of K, tiles]
 
     def takes(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, gate: Activation | None = None) -> bool:
@@ -54,6 +56,22 @@ class Products:
         from nanoengine.kernels import matmul_wide_gluon
 
         return matmul_wide_gluon.gated(x, weight)
+
+    def has_parts(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+        """Whether to call `parts`."""
+        if not self._in_parts or bias is not None or x.dim() != 2 or not x.is_contiguous():
+            return False
+        measured = takes_parts(len(x), len(weight), weight.shape[1], x.element_size(), multiprocessors(x.device))
+        return measured and weight.is_contiguous() and is_hopper(x.device)
+
+    def parts(self, x: Tensor, weight: Tensor) -> Tensor:
+        """float32 [PARTS, T, N], whose sum is the product; by cuBLAS, as one batch."""
+        k = weight.shape[1] // PARTS
+        left = x.view(len(x), PARTS, k).transpose(0, 1)
+        right = weight.view(len(weight), PARTS, k).permute(1, 2, 0)
+        if not x.is_cuda:
+            return torch.bmm(left.float(), right.float())
+        return torch.bmm(left, right, out_dtype=torch.float32)
 
     def __call__(
         self, x: Tensor | Scaled, weight: Tensor, *, gate: Activation | None = None, **around: Any

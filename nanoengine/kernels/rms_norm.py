@@ -21,6 +21,12 @@ def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float)
     return rms_norm(total, weight, eps), total
 
 
+def sum_rms_norm(parts: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """`add_rms_norm` of a product that is left in parts, float32 [parts, T, H]: all are added up, then rounded once."""
+    total = (parts.sum(0) + residual).to(residual.dtype)
+    return rms_norm(total, weight, eps), total
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """[..., H], normalised over the last dimension in float32 and rounded once."""
     if weight.dtype == x.dtype:

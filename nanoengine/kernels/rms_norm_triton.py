@@ -18,8 +18,9 @@ _MANY_ROWS = 256
 @triton.jit(do_not_specialize=["num_rows"])
 def _add_rms_norm_kernel(
     x_ptr, residual_ptr, weight_ptr, y_ptr, total_ptr,
-    num_rows, x_stride, residual_stride, eps,
-    H: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_ROWS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, PDL: tl.constexpr,
+    num_rows, x_stride, residual_stride, eps, part_stride,
+    H: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_ROWS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, PARTS: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     row = (tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)).to(tl.int64)[:, None]
     col = tl.arange(0, BLOCK_H)[None, :]
@@ -30,7 +31,10 @@ def _add_rms_norm_kernel(
     x = tl.load(x_ptr + row * x_stride + col, mask=mask, other=0.0)
     if HAS_RESIDUAL:
         residual = tl.load(residual_ptr + row * residual_stride + col, mask=mask, other=0.0)
-        x = (x.to(tl.float32) + residual.to(tl.float32)).to(x.dtype)
+        x = x.to(tl.float32)
+        for part in tl.static_range(1, PARTS):
+            x += tl.load(x_ptr + part * part_stride + row * x_stride + col, mask=mask, other=0.0)
+        x = (x + residual.to(tl.float32)).to(residual.dtype)
         tl.store(total_ptr + row * H + col, x, mask=mask)
     x = x.to(tl.float32)
     scale = tl.rsqrt(tl.sum(x * x, axis=1, keep_dims=True) / H + eps)
@@ -50,8 +54,26 @@ def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float)
     source = x if residual is None else residual
     _add_rms_norm_kernel[(triton.cdiv(num_rows, block_rows),)](
         x, source, weight, y, total,
-        num_rows, x.stride(0), source.stride(0), eps,
-        H=hidden, BLOCK_H=block_h, BLOCK_ROWS=block_rows, HAS_RESIDUAL=residual is not None,
+        num_rows, x.stride(0), source.stride(0), eps, 0,
+        H=hidden, BLOCK_H=block_h, BLOCK_ROWS=block_rows, HAS_RESIDUAL=residual is not None, PARTS=1,
         num_warps=min(16, max(1, block_h * block_rows // 256)), **pdl_options(x),
+    )  # fmt: skip
+    return y, total
+
+
+def sum_rms_norm(parts: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """As `rms_norm.sum_rms_norm`. parts is contiguous, a row of the residual stream too."""
+    count, num_rows, hidden = parts.shape
+    assert parts.is_contiguous() and residual.stride(1) == 1, (parts.stride(), residual.stride())
+    y = torch.empty(num_rows, hidden, dtype=residual.dtype, device=residual.device)
+    total = torch.empty_like(y)
+    if num_rows == 0:
+        return y, total
+    block_h = triton.next_power_of_2(hidden)
+    _add_rms_norm_kernel[(num_rows,)](
+        parts, residual, weight, y, total,
+        num_rows, hidden, residual.stride(0), eps, parts.stride(0),
+        H=hidden, BLOCK_H=block_h, BLOCK_ROWS=1, HAS_RESIDUAL=True, PARTS=count,
+        num_warps=min(16, max(1, block_h // 256)), **pdl_options(residual),
     )  # fmt: skip
     return y, total

@@ -53,8 +53,10 @@ class Unquantised(LinearMethod):
     def apply_added(
         self, layer: WeightLayer, x: Tensor, bias: Tensor | None, residual: Tensor
     ) -> tuple[Tensor, Tensor | None]:
-        weight, next_norm = layer.get_parameter("weight"), next_norm_weight(layer)
-        return layer.ops.linear_add(x, weight, bias, residual, next_norm=next_norm)
+        weight, norm = layer.get_parameter("weight"), next_norm(layer)
+        if norm is None:
+            return layer.ops.linear_add(x, weight, bias, residual)
+        return layer.ops.linear_add(x, weight, bias, residual, next_norm=norm.weight, eps=norm.eps)
 
 
 class ParallelLinear(Linear, WeightLayer):
@@ -243,9 +245,14 @@ def normed(
     return Linear.normed(cast(Linear, layer), norm, x, residual, gate=gate)
 
 
+def next_norm(layer: WeightLayer) -> Norm | None:
+    """`ParallelLinear.next_norm`; None: the layer has none."""
+    return layer.next_norm if isinstance(layer, ParallelLinear) else None
+
+
 def next_norm_weight(layer: WeightLayer) -> Tensor | None:
-    """The weight of `ParallelLinear.next_norm`; None: the layer has none."""
-    norm = layer.next_norm if isinstance(layer, ParallelLinear) else None
+    """Of `next_norm`."""
+    norm = next_norm(layer)
     return None if norm is None else norm.weight
 
 

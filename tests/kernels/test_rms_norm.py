@@ -7,7 +7,8 @@ import torch
 
 pytest.importorskip("triton")
 from nanoengine.kernels.rms_norm import add_rms_norm as reference
-from nanoengine.kernels.rms_norm_triton import add_rms_norm
+from nanoengine.kernels.rms_norm import sum_rms_norm as sum_reference
+from nanoengine.kernels.rms_norm_triton import add_rms_norm, sum_rms_norm
 
 EPS = 1e-6
 
@@ -48,3 +49,25 @@ def test_rows_may_be_strided_or_absent(rand, assert_close) -> None:
 def test_a_row_does_not_depend_on_the_others(rand) -> None:
     x, weight = rand(5, 96), rand(96)
     assert torch.equal(add_rms_norm(x, None, weight, EPS)[0][3:4], add_rms_norm(x[3:4], None, weight, EPS)[0])
+
+
+@pytest.mark.parametrize(("parts", "rows", "hidden"), [(1, 3, 64), (2, 5, 576), (4, 1, 40)])
+def test_parts_are_added_up(rand, assert_close, parts, rows, hidden) -> None:
+    terms = torch.stack([rand(rows, hidden).float() for _ in range(parts)])
+    wide, weight = rand(rows, hidden + 8), rand(hidden)
+    residual = wide[:, :hidden]
+    y, total = sum_rms_norm(terms, residual, weight, EPS)
+    expected, expected_total = sum_reference(terms, residual.float(), weight.float(), EPS)
+    assert y.dtype == total.dtype == residual.dtype
+    assert_close(total, expected_total)
+    assert_close(y, expected, bound=2 * torch.finfo(y.dtype).eps + 1e-6)
+    assert sum_rms_norm(terms[:, :0], residual[:0], weight, EPS)[0].shape == (0, hidden)
+
+
+@pytest.mark.gpu
+def test_two_parts_of_many_rows(rand, assert_close) -> None:
+    terms = torch.stack([rand(257, 4096).float() for _ in range(2)])
+    residual, weight = rand(257, 4096), rand(4096)
+    y, total = sum_rms_norm(terms, residual, weight, EPS)
+    assert torch.equal(total, (terms.sum(0) + residual.float()).to(total.dtype))
+    assert_close(y, reference(total.float(), None, weight.float(), EPS)[0])

@@ -131,6 +131,48 @@ def test_norms_between_products_take_no_launch(tmp_path: Path, monkeypatch: pyte
         torch.testing.assert_close(got[name], want[name], atol=1e-4, rtol=0)
 
 
+def in_parts(path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[dict[str, Tensor], list[int]]:
+    """With products in two parts of K, for any sizes; and how many parts each norm added up."""
+    from nanoengine.kernels import matmul_launch, rms_norm_triton
+
+    seen: list[int] = []
+    add_up = rms_norm_triton.sum_rms_norm
+    monkeypatch.setattr(matmul_launch.Products, "takes", lambda *_, **__: False)
+    monkeypatch.setattr(matmul_launch.Products, "has_parts", lambda *_: True)
+    monkeypatch.setattr(matmul_launch.Products, "gates", lambda *_: False)
+    monkeypatch.setattr(Watched, "_few", lambda *_: False)
+    monkeypatch.setattr(
+        rms_norm_triton, "sum_rms_norm", lambda parts, *rest: (seen.append(len(parts)), add_up(parts, *rest))[1]
+    )
+    return fused(path, attends_qkv=False)[0], seen
+
+
+def test_norms_add_up_parts_of_products(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All but the last of a model, which is not named, and the first."""
+    path = tiny_qwen3(tmp_path, **SIZES)
+    want, _ = fused(path, products=False)
+    got, seen = in_parts(path, monkeypatch)
+    assert seen == [2] * 3 * (2 * SIZES["num_hidden_layers"] - 1)  # in each of three steps
+    for name in PROMPTS:
+        torch.testing.assert_close(got[name], want[name], atol=1e-4, rtol=0)
+
+
+def test_what_was_normalised_for_another_norm_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from nanoengine.layers.decoder import DecoderLayer
+
+    path = tiny_qwen3(tmp_path, **SIZES)
+    want, _ = fused(path, products=False)
+
+    def wrong(layer: DecoderLayer, _: Any) -> None:
+        layer.mlp.name_next_norm(layer.post_attention_layernorm)
+
+    monkeypatch.setattr(DecoderLayer, "name_next_norms", wrong)
+    got, seen = in_parts(path, monkeypatch)
+    assert len(seen) == 3 * SIZES["num_hidden_layers"]
+    for name in PROMPTS:
+        torch.testing.assert_close(got[name], want[name], atol=1e-4, rtol=0)
+
+
 def test_a_norm_that_was_not_named_is_computed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The name of the next norm is a hint: with a wrong one the result is the same, and nothing was prepared for it."""
     from nanoengine.layers.decoder import DecoderLayer

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, get_type_hints
@@ -137,6 +138,11 @@ def processor_types(name: str, params: type[ProcessorParams]) -> dict[str, Any]:
     return found
 
 
+@functools.lru_cache(64)  # each start asks a few times for each processor, and each annotation is compiled anew
+def _annotations(params: type[Any]) -> Mapping[str, Any]:
+    return get_type_hints(params)
+
+
 def plugin_fields(where: str, params: type[Any]) -> dict[str, Any]:
     """Field -> annotation of the parameters of the part `where`.
 
@@ -148,7 +154,7 @@ def plugin_fields(where: str, params: type[Any]) -> dict[str, Any]:
     if bare:
         raise PluginError(f"{where}: parameters without a default: {', '.join(bare)}")
     try:
-        hints = get_type_hints(params)
+        hints = _annotations(params)
     except NameError as error:
         raise PluginError(f"{where}: {params.__qualname__} has an unknown annotation: {error}") from error
     return {f.name: hints[f.name] for f in dataclasses.fields(params)}

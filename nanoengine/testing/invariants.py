@@ -66,16 +66,16 @@ def check_pool(pool: Pool, tables: Sequence[Sequence[int]]) -> None:
             refs[block] += 1
     assert refs == pool.refs, f"reference counts {pool.refs} are not those of the tables {refs}"
     assert refs[0] == 0, "the dummy block is owned"
-    free, block = set(), pool.next[0]
+    free, block = list[int](), pool.next[0]
     while block:
-        assert block not in free, f"free list loops at {block}"
-        assert pool.next[pool.prev[block]] == block == pool.prev[pool.next[block]], "free list is torn"
-        free.add(block)
+        assert len(free) < len(refs), f"free list loops at {block}"
+        free.append(block)
         block = pool.next[block]
-    assert free == {b for b in range(1, len(refs)) if refs[b] == 0}, "the free list is not the unowned blocks"
+    assert [pool.prev[b] for b in (*free, 0)] == [0, *free], "free list is torn"
+    assert sorted(free) == [b for b in range(1, len(refs)) if refs[b] == 0], "the free list is not the unowned blocks"
     assert len(free) == pool.num_free
-    assert pool.num_shared == sum(count > 1 for count in refs), "shared blocks are miscounted"
-    assert pool.num_cached == sum(pool.entries[b] is not None for b in free), "cached blocks are miscounted"
+    assert pool.num_shared == len(refs) - refs.count(0) - refs.count(1), "shared blocks are miscounted"
+    assert pool.num_cached == len([b for b in free if pool.entries[b] is not None]), "cached blocks are miscounted"
     entries = {entry.key: b for b, entry in enumerate(pool.entries) if entry}
     assert entries == pool.index, "index and blocks disagree"
     uids = [entry.uid if entry else 0 for entry in pool.entries]

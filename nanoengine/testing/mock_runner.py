@@ -143,6 +143,8 @@ class MockRunner:
         slots = num_slots(max_num_seqs, spare_slots)
         self.block_tables = garbage.integers(0, num_blocks, (groups, slots, width), dtype=np.int32)
         self.token_ids = garbage.integers(0, vocab, (slots, max_model_len + 1), dtype=np.int32)
+        self._groups, positions = np.arange(groups)[:, None], np.arange(max_model_len + 1)
+        self._columns, self._offsets = positions // block_size, positions % block_size  # of each position
         self.lengths = np.zeros(slots, dtype=np.int32)  # known and sampled tokens
         self.computed = np.zeros(slots, dtype=np.int32)
         self.slots: list[dict[str, Any]] = [{} for _ in range(slots)]
@@ -325,9 +327,8 @@ class MockRunner:
         return history if again == history else again ^ 1
 
     def _read(self, slot: int, length: int) -> int:
-        positions = np.arange(length)
-        blocks = self.block_tables[:, slot, positions // self.block_size]  # [groups, length]
-        entries = self.kv[np.arange(len(self.kv))[:, None], blocks, positions % self.block_size]
+        blocks = self.block_tables[:, slot, self._columns[:length]]  # [groups, length]
+        entries = self.kv[self._groups, blocks, self._offsets[:length]]
         sums = (entries * _WEIGHTS[:length]).sum(axis=1, dtype=np.uint64).tolist()
         first = int(sums[0])
         for other in sums[1:]:

@@ -49,6 +49,11 @@ class CompileProcesses:
         self.closed, self._missed = False, 0
         self._lock = threading.Lock()
 
+    @property
+    def are_started(self) -> bool:
+        """Whether there is, or was, much to compile."""
+        return self._process is not None
+
     def start(self) -> None:
         """Start them, and return at once. Where that fails every kernel is compiled by who launches it."""
         with self._lock:

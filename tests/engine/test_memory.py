@@ -7,6 +7,7 @@ import logging
 import weakref
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -408,6 +409,21 @@ def test_graphs_are_captured_when_a_step_first_wants_them(
         assert made == ([1, 4, 2] if lazy else [16, 8, 4, 2, 1])
         assert [run.args for run in ahead[1:]] == ([([StepSize(4)], ()), ([StepSize(2)], ())] if lazy else [])
         assert llm.stats().graph_steps > 20
+
+
+@pytest.mark.parametrize("started", [True, False])
+def test_a_start_that_compiles_kernels_compiles_those_of_later_steps_too(
+    monkeypatch: pytest.MonkeyPatch, started: bool
+) -> None:
+    """Else the request that first wants such a step waits until they are compiled."""
+    sizes, made = (StepSize(64, 128), *map(StepSize, (16, 8, 4, 2, 1))), object.__new__(capture._Capture)
+    made.sizes, made.device, ran = list(sizes), torch.device("cpu"), list[StepSize]()
+    monkeypatch.setattr(capture._Capture, "run_once", lambda self, sizes: ran.extend(sizes))
+    monkeypatch.setattr(capture._Capture, "compile_ahead", lambda self, run, *_: run())
+    processes: Any = SimpleNamespace(are_started=started)
+    capture._compile_ahead(made, processes, later=True)
+    first = [sizes[0], sizes[1], sizes[-1]]
+    assert ran == first + (list(sizes[2:-1]) if started else [])
 
 
 @pytest.mark.parametrize("fault", ["memory", "memory of the run before it", "other"])

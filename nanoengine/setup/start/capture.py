@@ -97,11 +97,16 @@ def _compile_ahead(
     later: bool,
     largest: Callable[[], None] = lambda: None,
 ) -> None:
-    """A dry run of all that is captured, or of the first steps, and of `largest`."""
+    """A dry run of all that is captured, or of the first steps, and of `largest`.
+
+    Where kernels must be compiled, as in a first start, those of later steps are, too: else requests wait for them."""
 
     def run() -> None:
         largest()  # its kernels take longest to compile
-        capture.run_once(first_sizes(capture.sizes) if later else None)
+        first = first_sizes(capture.sizes) if later else capture.sizes
+        capture.run_once(first)
+        if processes is not None and processes.are_started:
+            capture.run_once([size for size in capture.sizes if size not in first])
 
     capture.compile_ahead(run, processes)
     empty_cache(capture.device)

@@ -32,6 +32,8 @@ LONGEST = (
     "attention/test_triton_paged.py",
     "server/test_constraints.py",
     "engine/test_host_states.py",
+    "scheduling/test_decode_rows.py",
+    "quantization/test_gguf_tiles.py",
 )
 
 

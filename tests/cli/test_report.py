@@ -18,7 +18,7 @@ from markupsafe import Markup
 from typer.testing import CliRunner, Result
 
 from nanoengine.cli.app import app
-from nanoengine.lab.cli.report_charts import _largest, milliseconds
+from nanoengine.lab.cli.report_charts import Picture, _largest, milliseconds
 from nanoengine.lab.cli.report_data import RunData, Steps, read_all
 from nanoengine.lab.cli.report_view import _spread, _tables
 from nanoengine.lab.cli.sweep_report import Outcome
@@ -111,6 +111,12 @@ def report(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     return lambda *arguments: CliRunner().invoke(app, ["report", *map(str, arguments)])
 
 
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures are composed, but not drawn, which is most of the time of a page: where others show that they can be."""
+    monkeypatch.setattr("nanoengine.lab.cli.report_charts._picture", lambda figure, text: Picture(text, "<svg></svg>"))
+
+
 def made(result: Result, path: Path) -> str:
     assert result.exit_code == 0, result.stderr
     assert f"wrote {path}" in result.stderr
@@ -160,7 +166,7 @@ def test_its_figures_are_those_of_the_run(report: Run) -> None:
     assert [row["index"] for row in run.failed] == [6]
 
 
-def test_mutants_are_seen(report: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mutants_are_seen(report: Run, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
     """Pictures that share ids would show each other's parts; a text that is not escaped is a part of the page."""
     with monkeypatch.context() as patch:
         patch.setattr("nanoengine.lab.cli.report_view.page_ids", lambda pictures: [each.svg for each in pictures])
@@ -168,6 +174,7 @@ def test_mutants_are_seen(report: Run, monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(AssertionError, match="not unique"):
             Page(Path("mutant.html").read_text("utf-8"))
     with monkeypatch.context() as patch:
+        request.getfixturevalue("undrawn")
         patch.setattr("nanoengine.lab.cli.report_view._excerpt", lambda prompt: Markup(prompt))
         assert report("results", "-o", "mutant.html").exit_code == 0
         with pytest.raises(AssertionError, match="closes another element"):
@@ -226,7 +233,7 @@ def test_the_page_of_a_sweep(report: Run, sweep_page: Page) -> None:
     assert "--trace belongs to one run" in report(sweep, "--trace", "results/trace.json").stderr
 
 
-def test_the_page_has_date_command_machine_and_versions(report: Run) -> None:
+def test_the_page_has_date_command_machine_and_versions(report: Run, undrawn: None) -> None:
     record = json.loads(Path("results/results.jsonl.run.json").read_text())
     page = Page(made(report("results"), Path("results/report.html")))
     assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d[+-]\d\d:\d\d", record["started"])
@@ -295,7 +302,7 @@ def test_times_are_in_seconds_from_a_second_on(milliseconds_: float, text: str) 
         (["results", "-o", "run.yaml/x.html"], "cannot write run.yaml/x.html: "),
     ],
 )
-def test_mistakes_are_reported(report: Run, arguments: list[str], said: str) -> None:
+def test_mistakes_are_reported(report: Run, undrawn: None, arguments: list[str], said: str) -> None:
     result = report(*arguments)
     assert result.exit_code == 2
     assert said in result.stderr
@@ -311,7 +318,7 @@ def test_of_a_folder_of_sweeps_the_sweeps_are_named(nanoengine: Run, tmp_path: P
     assert result.stderr.rstrip().endswith("the newest first: multirun/2026-01-02, multirun/2026-01-01")
 
 
-def test_the_page_may_go_into_a_new_folder(report: Run) -> None:
+def test_the_page_may_go_into_a_new_folder(report: Run, undrawn: None) -> None:
     assert report("results", "-o", "new/er/x.html").exit_code == 0
     assert Path("new/er/x.html").is_file()
 

@@ -124,7 +124,8 @@ def gguf(every: bool) -> Iterator[Launch]:
 
     some = (("Q4_K", 1), ("Q4_K", 64), ("Q8_0", 1))
     for kind, rows in product(BLOCK_TYPES, (1, 16, 64)) if every else some:
-        planes = rand(2 * INNER, BLOCK_TYPES[kind].row_bytes(HIDDEN), dtype=torch.uint8)
+        outputs = 2 * INNER if rows < 64 else 512  # many rows are multiplied by torch, which computes here
+        planes = rand(outputs, BLOCK_TYPES[kind].row_bytes(HIDDEN), dtype=torch.uint8)
         x, name = rand(rows, HIDDEN), f"gguf {kind} x{rows}"
         yield name, partial(gguf_triton.gguf_norm_linear, x, x, rand(HIDDEN), 1e-6, planes, kind, gate="silu")
         yield name, partial(gguf_triton.gguf_linear, x, planes, kind)

@@ -7,12 +7,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from nanoengine.kernels.inboxes_triton import PLACES, Inboxes
+from nanoengine.kernels.inboxes_triton import PLACES, Inboxes, of_sum
 
 barrier = getattr(gl, "thread_barrier", None) or gl.barrier  # by its name in Triton 3.6, and behind it
 
@@ -76,13 +75,7 @@ def over_ranks(y, at, mask, KIND: gl.constexpr, data, signals, turns, place, tur
 
 def by_copies(begin: Callable[[], Inboxes] | None, unused: Tensor, programs: int) -> dict[str, Any]:
     """Arguments of a kernel whose results are summed over ranks by copies; of one rank, if begin is None."""
-    if begin is None:
-        one = dict.fromkeys(("data", "signals", "turns"), unused)
-        return {**one, "capacity": 16, "RANK": 0, "SIZE": 1, "PLACES": PLACES, "SHARE": 1}
-    assert programs <= PLACES, programs
-    inboxes = begin()
-    return {
-        "data": inboxes.copies, "signals": inboxes.signals, "turns": inboxes.turns, "capacity": inboxes.capacity[1],
-        "RANK": inboxes.rank, "SIZE": inboxes.size, "PLACES": PLACES,
-        "SHARE": triton.next_power_of_2(triton.cdiv(PLACES, programs)),
-    }  # fmt: skip
+    assert begin is None or programs <= PLACES, programs
+    inboxes = None if begin is None else begin()
+    data, signals = (unused, unused) if inboxes is None else (inboxes.copies, inboxes.signals)
+    return {"data": data, "signals": signals, **of_sum(inboxes, 1, unused, programs)}

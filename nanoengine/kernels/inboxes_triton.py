@@ -139,13 +139,17 @@ def over_ranks(
 
 def by_words(inboxes: Inboxes | None, unused: Tensor, programs: int) -> dict[str, Any]:
     """Arguments of a kernel whose results are summed over ranks by words; of one rank, if there are no inboxes."""
+    assert inboxes is None or programs <= PLACES, programs
+    data = unused if inboxes is None else inboxes.words
     native = unused.is_cuda and torch.version.hip is None
+    return {"data": data, **of_sum(inboxes, 0, unused, programs), "ASM": native}
+
+
+def of_sum(inboxes: Inboxes | None, way: int, unused: Tensor, programs: int) -> dict[str, Any]:
+    """Those arguments that kernels of both ways take. way: 0: words, 1: copies."""
     if inboxes is None:
-        one = dict.fromkeys(("data", "turns"), unused)
-        return {**one, "capacity": 16, "RANK": 0, "SIZE": 1, "PLACES": PLACES, "SHARE": 1, "ASM": native}
-    assert programs <= PLACES, programs
+        return {"turns": unused, "capacity": 16, "RANK": 0, "SIZE": 1, "PLACES": PLACES, "SHARE": 1}
     return {
-        "data": inboxes.words, "turns": inboxes.turns, "capacity": inboxes.capacity[0], "RANK": inboxes.rank,
-        "SIZE": inboxes.size, "PLACES": PLACES, "SHARE": triton.next_power_of_2(triton.cdiv(PLACES, programs)),
-        "ASM": native,
+        "turns": inboxes.turns, "capacity": inboxes.capacity[way], "RANK": inboxes.rank, "SIZE": inboxes.size,
+        "PLACES": PLACES, "SHARE": triton.next_power_of_2(triton.cdiv(PLACES, programs)),
     }  # fmt: skip

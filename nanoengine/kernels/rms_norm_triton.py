@@ -43,37 +43,32 @@ def _add_rms_norm_kernel(
 
 def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """As `rms_norm.add_rms_norm`. Rows of x and residual may be strided; a row is contiguous."""
-    num_rows, hidden = x.shape
     assert x.stride(1) == 1 and (residual is None or residual.stride(1) == 1), (x.stride(), residual)
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    total = x if residual is None else torch.empty_like(y)
-    if num_rows == 0:
-        return y, total
-    block_h = triton.next_power_of_2(hidden)
-    block_rows = max(1, _SMALL_TILE // block_h) if num_rows >= _MANY_ROWS else 1
-    source = x if residual is None else residual
-    _add_rms_norm_kernel[(triton.cdiv(num_rows, block_rows),)](
-        x, source, weight, y, total,
-        num_rows, x.stride(0), source.stride(0), eps, 0,
-        H=hidden, BLOCK_H=block_h, BLOCK_ROWS=block_rows, HAS_RESIDUAL=residual is not None, PARTS=1,
-        num_warps=min(16, max(1, block_h * block_rows // 256)), **pdl_options(x),
-    )  # fmt: skip
-    return y, total
+    block_h = triton.next_power_of_2(x.shape[1])
+    block_rows = max(1, _SMALL_TILE // block_h) if len(x) >= _MANY_ROWS else 1
+    return _launch(x, residual, weight, eps, torch.empty(x.shape, dtype=x.dtype, device=x.device), block_rows)
 
 
 def sum_rms_norm(parts: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """As `rms_norm.sum_rms_norm`. parts is contiguous, a row of the residual stream too."""
-    count, num_rows, hidden = parts.shape
     assert parts.is_contiguous() and residual.stride(1) == 1, (parts.stride(), residual.stride())
-    y = torch.empty(num_rows, hidden, dtype=residual.dtype, device=residual.device)
-    total = torch.empty_like(y)
+    y = torch.empty(parts.shape[1:], dtype=residual.dtype, device=residual.device)
+    return _launch(parts[0], residual, weight, eps, y, 1, parts=len(parts))
+
+
+def _launch(
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, y: Tensor, block_rows: int, *, parts: int = 1
+) -> tuple[Tensor, Tensor]:
+    """y, and what it normalises. x: the first of so many parts, which lie behind each other."""
+    num_rows, hidden = y.shape
+    total = x if residual is None else torch.empty_like(y)
     if num_rows == 0:
         return y, total
-    block_h = triton.next_power_of_2(hidden)
-    _add_rms_norm_kernel[(num_rows,)](
-        parts, residual, weight, y, total,
-        num_rows, hidden, residual.stride(0), eps, parts.stride(0),
-        H=hidden, BLOCK_H=block_h, BLOCK_ROWS=1, HAS_RESIDUAL=True, PARTS=count,
-        num_warps=min(16, max(1, block_h // 256)), **pdl_options(residual),
+    source, block_h = x if residual is None else residual, triton.next_power_of_2(hidden)
+    _add_rms_norm_kernel[(triton.cdiv(num_rows, block_rows),)](
+        x, source, weight, y, total,
+        num_rows, x.stride(0), source.stride(0), eps, 0 if parts == 1 else num_rows * hidden,
+        H=hidden, BLOCK_H=block_h, BLOCK_ROWS=block_rows, HAS_RESIDUAL=residual is not None, PARTS=parts,
+        num_warps=min(16, max(1, block_h * block_rows // 256)), **pdl_options(x),
     )  # fmt: skip
     return y, total

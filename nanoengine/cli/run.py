@@ -35,7 +35,8 @@ from nanoengine.params.seeds import request_seed
 from nanoengine.setup.config.config import RunConfig, load_config
 from nanoengine.setup.config.prompts import STDIN, Prompt, PromptFile, PromptRow, read_prompts
 from nanoengine.setup.plugins.discover import discover
-from nanoengine.setup.start.clock import StartClock, process_seconds, without_collections
+from nanoengine.setup.start.clock import StartClock, process_seconds
+from nanoengine.setup.start.garbage import without_collections
 from nanoengine.setup.start.wake import wake_gpu
 
 if TYPE_CHECKING:

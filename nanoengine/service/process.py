@@ -35,7 +35,6 @@ from typing import TYPE_CHECKING, Any
 from nanoengine.api.errors import NanoEngineError, described
 from nanoengine.observe.logs import configure_logs
 from nanoengine.service.control import Control, Message, inherit
-from nanoengine.service.garbage import settle_garbage
 from nanoengine.service.source import EngineSource
 
 if TYPE_CHECKING:
@@ -101,7 +100,6 @@ class EngineHost:
                 raise
             return
         service = self._service = service_of(llm, **parts)
-        settle_garbage()
         service.start()
         service.join(_End(self))
         from nanoengine.service.frames import info_to_json

@@ -17,7 +17,8 @@ from nanoengine.setup.config.config import AttentionSection, ModelSection, RunCo
 from nanoengine.setup.config.engine_options import engine_options
 from nanoengine.setup.plugins.discover import discover
 from nanoengine.setup.plugins.registry import Registry
-from nanoengine.setup.start.clock import PHASES, Phase, StartClock, without_collections
+from nanoengine.setup.start.clock import PHASES, Phase, StartClock
+from nanoengine.setup.start.garbage import without_collections
 from nanoengine.setup.start.wake import wake_gpu
 
 if TYPE_CHECKING:

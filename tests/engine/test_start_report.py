@@ -73,7 +73,7 @@ def test_no_collection_while_starting_and_none_of_what_stays() -> None:
     """In a process of its own: what is frozen stays so."""
     code = (
         "import gc\n"
-        "from nanoengine.setup.start.clock import without_collections\n"
+        "from nanoengine.setup.start.garbage import without_collections\n"
         "seen = []\n"
         "gc.callbacks.append(lambda phase, info: seen.append(phase))\n"
         "with without_collections():\n"

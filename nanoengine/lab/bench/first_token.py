@@ -13,7 +13,8 @@ import time
 from typing import Any
 
 from nanoengine.setup.config.engine_options import engine_options
-from nanoengine.setup.start.clock import StartClock, without_collections
+from nanoengine.setup.start.clock import StartClock
+from nanoengine.setup.start.garbage import without_collections
 from nanoengine.setup.start.wake import wake_gpu
 
 

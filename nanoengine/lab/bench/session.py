@@ -16,7 +16,7 @@ from nanoengine.lab.bench.shapes import Shape
 from nanoengine.lab.bench.workloads import Workload
 from nanoengine.llm import LLM
 from nanoengine.params.sampling_params import SamplingParams
-from nanoengine.setup.start.clock import without_collections
+from nanoengine.setup.start.garbage import without_collections
 
 
 class BenchmarkError(NanoEngineError):

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -157,24 +155,6 @@ class StartClock:
     def report(self, dequantised: Dequantised | None = None, quantised: tuple[Quantised, ...] = ()) -> StartReport:
         phases = tuple(Phase(name, self._seconds[name]) for name in PHASES if name in self._seconds)
         return StartReport(phases, dequantised, quantised)
-
-
-@contextmanager
-def without_collections() -> Iterator[None]:
-    """A context without garbage collection. Objects that exist at its end are never examined again.
-
-    Importing torch and making an engine creates half a million objects that stay alive. A full collection of them takes
-    50 ms or more, during the start and later between two steps. Used by our own programs; a user of the library decides
-    for the whole program.
-    """
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.freeze()
-        if was_on:
-            gc.enable()
 
 
 def process_seconds() -> float:

@@ -1,4 +1,4 @@
-"""Python's collections of garbage in the engine's process."""
+"""Python's collections of garbage in a process that makes steps."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from nanoengine.service.garbage import settle_garbage
+from nanoengine.setup.start.garbage import without_collections
 
 
 @pytest.fixture
@@ -22,7 +22,8 @@ def usual() -> Iterator[None]:
 def collections(settled: bool) -> int:
     """While a step of some thousand requests makes its deltas and drops them, ten times."""
     if settled:
-        settle_garbage()
+        with without_collections():
+            pass
     before = sum(each["collections"] for each in gc.get_stats())
     for _ in range(10):
         deltas = [[number] for number in range(12_000)]

@@ -1,4 +1,4 @@
-"""Triton: K and V into the paged cache, and attention of one query a row over it.
+"""Triton: attention of one query a row over the paged cache.
 
 The cache of a layer is head-major, `[num_blocks, kv_heads, block_size, head_size]`: what one KV head of one block holds
 lies in one piece (4 KB at 16 x 128 x bf16), and that is what one program reads.
@@ -20,91 +20,21 @@ import triton.language as tl
 from torch import Tensor
 
 from nanoengine.kernels.gluon import runs_gluon
-from nanoengine.kernels.kv_quant import LARGEST, kv_dtype_of
+from nanoengine.kernels.paged_attention_half_triton import tile_of_codes
 from nanoengine.kernels.paged_attention_plan import DecodeConfig, DecodeScratch, NewTokens, padded_head
+from nanoengine.kernels.paged_attention_read_triton import (
+    LOG2E,
+    Scales,
+    blocks_of,
+    capped,
+    prefetch_keys,
+    rows_of,
+    scaled,
+)
 from nanoengine.kernels.pdl_triton import pdl_options, release_dependents, wait_for_inputs
 from nanoengine.kernels.split_k_triton import come
 
-Scales = tuple[Tensor, Tensor]
-LOG2E = tl.constexpr(1.4426950408889634)
 _AT_ONCE = tl.constexpr(8)  # parts whose loads are in flight together
-
-
-@triton.jit
-def _codes(x, LARGEST: tl.constexpr, DTYPE: tl.constexpr):
-    """Heads [H, D] -> (codes [H, D], scales [H, 1]), as `kv_quant.quantise_heads`."""
-    values = x.to(tl.float32)
-    size = tl.abs(values)
-    largest = tl.max(size, axis=1, keep_dims=True)
-    scale = tl.div_rn(largest, tl.full(largest.shape, LARGEST, tl.float32))
-    # NaN as of the reference: it makes the scale NaN, whatever a maximum does with it
-    broken = tl.max((size != size).to(tl.int32), axis=1, keep_dims=True) > 0
-    codes = tl.div_rn(values, tl.broadcast_to(tl.where(scale == 0, 1.0, scale), values.shape))
-    if DTYPE == tl.int8:  # noqa: SIM300
-        codes = tl.floor(codes + 0.5)
-    codes = tl.minimum(tl.maximum(codes, -LARGEST), LARGEST)
-    return codes.to(DTYPE), tl.where(broken, float("nan"), scale)
-
-
-@triton.jit
-def _store_kv(
-    k, v, k_cache, v_cache, k_scales, v_scales, slots, k_stride, v_stride,
-    HEADS: tl.constexpr, HEADS_PAD: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    LARGEST: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    token = tl.program_id(0).to(tl.int64)
-    wait_for_inputs(PDL)
-    release_dependents(PDL)
-    slot = tl.load(slots + token)
-    head = tl.arange(0, HEADS_PAD)[:, None]
-    d = tl.arange(0, D_PAD)[None, :]
-    live = (head < HEADS) & (d < D)
-    at = (slot // BLOCK_SIZE * HEADS + head) * BLOCK_SIZE + slot % BLOCK_SIZE
-    to = at * D + d
-    key = tl.load(k + token * k_stride + head * D + d, mask=live, other=0.0)
-    value = tl.load(v + token * v_stride + head * D + d, mask=live, other=0.0)
-    if LARGEST > 0:
-        key, k_scale = _codes(key, LARGEST, k_cache.dtype.element_ty)
-        value, v_scale = _codes(value, LARGEST, v_cache.dtype.element_ty)
-        tl.store(k_scales + at, k_scale, mask=head < HEADS)
-        tl.store(v_scales + at, v_scale, mask=head < HEADS)
-    tl.store(k_cache + to, key, mask=live)
-    tl.store(v_cache + to, value, mask=live)
-
-
-@triton.jit
-def blocks_of(table, start, end, TILE: tl.constexpr, BLOCK_SIZE: tl.constexpr):
-    """Block ids, int64 [TILE] or a scalar, of keys from `start`, a multiple of TILE; dummy block from `end` on."""
-    if BLOCK_SIZE % TILE == 0:
-        return tl.load(table + start // BLOCK_SIZE).to(tl.int64)
-    else:  # spelled out: the compiler wants one type of whatever it sees returned
-        keys = start + tl.arange(0, TILE)
-        return tl.load(table + keys // BLOCK_SIZE, mask=keys < end, other=0).to(tl.int64)
-
-
-@triton.jit
-def prefetch_keys(
-    cache, table, kv_head, begin, end,
-    KV_HEADS: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr, AHEAD: tl.constexpr,
-):  # fmt: skip
-    """Asks for K or V of AHEAD keys from `begin` on, one request a 128-byte line, to be in L2 soon."""
-    line: tl.constexpr = 128 // (cache.dtype.element_ty.primitive_bitwidth // 8)
-    keys = begin + tl.arange(0, AHEAD)
-    block = tl.load(table + keys // BLOCK_SIZE, mask=keys < end, other=0).to(tl.int64)
-    at = ((block * KV_HEADS + kv_head) * BLOCK_SIZE + keys % BLOCK_SIZE) * D
-    for first in tl.static_range(0, D, line):
-        ptrs = (cache + at + first).to(tl.int64)
-        tl.inline_asm_elementwise("prefetch.global.L2 [$1]; // $0", "=r,l", [ptrs], tl.int32, is_pure=False, pack=1)
-
-
-@triton.jit
-def capped(scores, SCALE: tl.constexpr, SOFT_CAP: tl.constexpr):
-    """Scaled, perhaps capped scores in units of log2 e, so that exp2 does the softmax."""
-    if SOFT_CAP > 0:
-        # tanh(x) = 1 - 2 / (1 + exp(2 x)): right at both infinities
-        tanh = 1 - 2 / (1 + tl.exp2(scores * (2 * LOG2E * SCALE / SOFT_CAP)))
-        return tanh * (SOFT_CAP * LOG2E)
-    return scores * (SCALE * LOG2E)
 
 
 @triton.jit
@@ -165,17 +95,6 @@ def _repeat(rows, COUNT: tl.constexpr, WANTED: tl.constexpr, D: tl.constexpr):
 
 
 @triton.jit
-def scaled(codes, scales, at, mask, dtype: tl.constexpr, SCALED: tl.constexpr):
-    """(codes in the dtype of products, their scales): what is scaled is the product of codes. Not SCALED: as they are.
-
-    at: of a token's scale; mask: those behind a row's end may be anything."""
-    if SCALED:
-        return codes.to(dtype), tl.load(scales + at, mask=mask, other=0.0)
-    else:  # spelled out: Triton 3.6 wants one type of whatever it sees returned
-        return codes, 1.0
-
-
-@triton.jit
 def _tile(
     query, key, value, key_scale, value_scale, seen, top, total, acc,
     SCALE: tl.constexpr, SOFT_CAP: tl.constexpr, SCALED: tl.constexpr,
@@ -194,90 +113,6 @@ def _tile(
         p *= value_scale[None, :]
     acc = tl.dot(p.to(value.dtype), value, acc * fade[:, None], input_precision="ieee")
     return higher, total, acc
-
-
-# Two bytes of each of two keys -> the first, or the second, of both as float16.
-_FP8_AT = """{{
-.reg .b32 a;
-.reg .b16 b, c;
-prmt.b32 a, $1, 0, {bytes};
-mov.b32 {{b, c}}, a;
-cvt.rn.f16x2.e4m3x2 $0, b;
-}}"""
-_INT8_AT = """{{
-.reg .b32 a, one, off;
-prmt.b32 a, $1, 0x64646464, {bytes};
-xor.b32 a, a, 0x00800080;
-mov.b32 one, 0x3C003C00;
-mov.b32 off, 0xE480E480;
-fma.rn.f16x2 $0, a, one, off;
-}}"""
-_INT8_ALL = tl.constexpr("""{
-.reg .b32 a, b, one, off;
-prmt.b32 a, $2, 0x64646464, 0x4140;
-prmt.b32 b, $2, 0x64646464, 0x4342;
-xor.b32 a, a, 0x00800080;
-xor.b32 b, b, 0x00800080;
-mov.b32 one, 0x3C003C00;
-mov.b32 off, 0xE480E480;
-fma.rn.f16x2 $0, a, one, off;
-fma.rn.f16x2 $1, b, one, off;
-}""")
-_FP8_EVEN, _FP8_ODD = (tl.constexpr(_FP8_AT.format(bytes=bytes_)) for bytes_ in ("0x0020", "0x0031"))
-_INT8_EVEN, _INT8_ODD = (tl.constexpr(_INT8_AT.format(bytes=bytes_)) for bytes_ in ("0x4240", "0x4341"))
-
-
-@triton.jit
-def _run(asm: tl.constexpr, words):
-    return tl.inline_asm_elementwise(asm, "=r,r", [words], dtype=tl.float16, is_pure=True, pack=2)
-
-
-@triton.jit
-def _codes_at(words, ODD: tl.constexpr, DTYPE: tl.constexpr, ASM: tl.constexpr):
-    """float16: the even or the odd codes of int16 words of two. So values are read as tensor cores take them."""
-    if ASM and DTYPE == tl.int8:  # noqa: SIM300
-        if ODD:
-            return _run(_INT8_ODD, words)
-        else:
-            return _run(_INT8_EVEN, words)
-    elif ASM:
-        if ODD:
-            return _run(_FP8_ODD, words)
-        else:
-            return _run(_FP8_EVEN, words)
-    else:
-        return ((words >> (8 if ODD else 0)) & 255).to(tl.uint8).to(DTYPE, bitcast=True).to(tl.float16)
-
-
-@triton.jit
-def _half(codes, ASM: tl.constexpr):
-    """Codes as float16; not by the slow conversion of single integers."""
-    if ASM and codes.dtype == tl.int8:
-        return tl.inline_asm_elementwise(_INT8_ALL, "=r,=r,r", [codes], dtype=tl.float16, is_pure=True, pack=4)
-    else:
-        return codes.to(tl.float16)
-
-
-@triton.jit
-def _tile_of_codes(
-    query, key, words, query_size, key_scale, value_scale, seen, top, total, even, odd,
-    SCALE: tl.constexpr, SOFT_CAP: tl.constexpr, DTYPE: tl.constexpr, ASM: tl.constexpr,
-):  # fmt: skip
-    """`_tile` of codes, by products of float16, which has each of them: (top, total, even, odd), the values' even and
-    odd elements. query: float16, divided by query_size [G]."""
-    scores = tl.dot(query, tl.trans(_half(key, ASM)), input_precision="ieee")
-    scores = capped(scores * query_size[:, None] * key_scale[None, :], SCALE, SOFT_CAP)
-    scores = tl.where(seen[None, :], scores, float("-inf"))
-    higher = tl.maximum(top, tl.max(scores, 1))
-    fade = tl.exp2(top - higher)
-    p = tl.exp2(scores - higher[:, None])
-    total = total * fade + tl.sum(p, 1)
-    largest = tl.maximum(tl.max(value_scale, 0), 1e-30)  # so that float16 has what is multiplied
-    p = (p * (value_scale / largest)[None, :]).to(tl.float16)
-    fade = fade[:, None]
-    even = even * fade + largest * tl.dot(p, _codes_at(words, False, DTYPE, ASM), input_precision="ieee")
-    odd = odd * fade + largest * tl.dot(p, _codes_at(words, True, DTYPE, ASM), input_precision="ieee")
-    return higher, total, even, odd
 
 
 @triton.jit(do_not_specialize=["min_tiles"])  # it goes by the number of rows, which is any in a mixed step
@@ -431,7 +266,7 @@ def _decode(
             words = tl.load(words_at + token[:, None] * (D // 2), mask=live[:, None] & (word < D // 2), other=0)
             key_scale = tl.load(k_scales + token, mask=live, other=0.0)
             value_scale = tl.load(v_scales + token, mask=live, other=0.0)
-            top, total, even, odd = _tile_of_codes(
+            top, total, even, odd = tile_of_codes(
                 query, key, words, query_size, key_scale, value_scale, seen, top, total, even, odd,
                 SCALE, SOFT_CAP, v_cache.dtype.element_ty, ASM,
             )  # fmt: skip
@@ -459,23 +294,6 @@ def _decode(
             _combine(part, lse, out + to, used, GROUP, GROUP_P2, D, D_PAD)
             tl.store(tickets + pair, 0)  # for the next launch
     wait_for_inputs(PDL and BESIDE)
-
-
-def store_kv(
-    k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor, scales: Scales | None = None
-) -> None:
-    """Store [T, kv_heads, head_size] at `slot_mapping`, int64 [T], of caches [blocks, kv_heads, block_size, head_size]
-    (block * block_size + offset). With `scales`, of K and V, the caches have codes (`kv_quant`)."""
-    tokens, heads, width = k.shape
-    if tokens == 0:
-        return
-    k, v = rows_of(k), rows_of(v)
-    _store_kv[(tokens,)](
-        k, v, k_cache, v_cache, *(scales or (k, v)), slot_mapping, k.stride(0), v.stride(0),
-        HEADS=heads, HEADS_PAD=triton.next_power_of_2(heads), D=width, D_PAD=padded_head(width),
-        BLOCK_SIZE=k_cache.shape[2], LARGEST=LARGEST[kv_dtype_of(k_cache)] if scales else 0.0,
-        num_warps=4, **pdl_options(k),
-    )  # fmt: skip
 
 
 def attend_decode(
@@ -545,8 +363,3 @@ def attend_decode(
         SINKS=sinks is not None, SCALED=scales is not None, ASM=q.is_cuda and torch.version.hip is None,
         BESIDE=beside, num_warps=config.warps, **pdl_options(q),
     )  # fmt: skip
-
-
-def rows_of(x: Tensor) -> Tensor:
-    """`x` with each token's heads in one piece; a view where they are already, as in a slice of a fused projection."""
-    return x if x.stride()[1:] == (x.shape[2], 1) else x.contiguous()

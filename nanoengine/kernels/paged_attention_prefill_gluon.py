@@ -43,7 +43,7 @@ from nanoengine.kernels.paged_attention_copies_gluon import (
     fact,
     produce,
 )
-from nanoengine.kernels.paged_attention_decode_triton import LOG2E, rows_of
+from nanoengine.kernels.paged_attention_read_triton import LOG2E, rows_of
 
 _TYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 _TILES = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2))

@@ -20,8 +20,8 @@ from torch import Tensor
 from triton.runtime import driver
 
 from nanoengine.kernels.gluon import multiprocessors, runs_gluon
-from nanoengine.kernels.paged_attention_decode_triton import LOG2E, Scales, blocks_of, capped, rows_of, scaled
 from nanoengine.kernels.paged_attention_plan import padded_head
+from nanoengine.kernels.paged_attention_read_triton import LOG2E, Scales, blocks_of, capped, rows_of, scaled
 from nanoengine.kernels.pdl_triton import pdl_options, release_dependents, wait_for_inputs
 
 _SHARED_FOR_LARGE_HEADS = 196_864  # bytes, as the compiler reports them

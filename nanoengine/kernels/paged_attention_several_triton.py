@@ -15,7 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nanoengine.kernels.paged_attention_decode_triton import (
+from nanoengine.kernels.paged_attention_plan import SeveralConfig, padded_head
+from nanoengine.kernels.paged_attention_read_triton import (
     LOG2E,
     Scales,
     blocks_of,
@@ -24,7 +25,6 @@ from nanoengine.kernels.paged_attention_decode_triton import (
     rows_of,
     scaled,
 )
-from nanoengine.kernels.paged_attention_plan import SeveralConfig, padded_head
 from nanoengine.kernels.pdl_triton import pdl_options, release_dependents, wait_for_inputs
 from nanoengine.kernels.split_k_triton import come
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nanoengine.kernels.paged_attention_decode_triton import attend_decode, store_kv
+from nanoengine.kernels.paged_attention_decode_triton import attend_decode
 from nanoengine.kernels.paged_attention_plan import (
     MAX_QUERIES,
     DecodeConfig,
@@ -16,6 +16,7 @@ from nanoengine.kernels.paged_attention_plan import (
 )
 from nanoengine.kernels.paged_attention_prefill_triton import PrefillConfig, attend_prefill, prefill_config
 from nanoengine.kernels.paged_attention_several_triton import attend_several
+from nanoengine.kernels.paged_attention_store_triton import store_kv
 
 __all__ = [
     "MAX_QUERIES",

@@ -6,6 +6,7 @@ import gc
 import os
 import random
 import signal
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +22,7 @@ import beside
 import pytest
 import torch
 from fixtures_models import smollm2_expanded, smollm2_gguf, smollm2_path  # noqa: F401 - fixtures
+from forked_programs import Starter, forked_programs
 from hypothesis import settings
 from triton_interpreter import import_triton
 
@@ -31,6 +33,20 @@ settings.register_profile("explore", deadline=None, max_examples=1000, print_blo
 settings.load_profile("ci")
 gc.disable()  # until all tests are collected
 OWN_RUNS = ("corpus", "load", "clients")  # marks of tests that download or take minutes: run only if -m names them
+
+
+@pytest.fixture(scope="session")
+def starter() -> Iterator[Starter]:
+    with forked_programs() as starter:
+        yield starter
+
+
+@pytest.fixture(scope="module")
+def forked(starter: Starter) -> Iterator[None]:
+    """Python programs that the module's tests start are forked; see tests/forked_programs.py."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(subprocess, "_fork_exec", starter)
+        yield
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+SOURCE = "forked_programs.py"
 SECONDS = 60.0  # until something must have happened, on a machine with much else to do
 
 
@@ -145,6 +146,7 @@ def until(condition: Any, why: Any, seconds: float = SECONDS) -> Any:
 
 
 def descendants(pid: int) -> list[int]:
+    """Without those that only wait to be forked; each ends with its parent."""
     parents = dict[int, list[int]]()
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
@@ -154,7 +156,7 @@ def descendants(pid: int) -> list[int]:
                     parents.setdefault(int(fields[1]), []).append(int(entry.name))
     found, left = list[int](), [pid]
     while left:
-        below = parents.get(left.pop(), [])
+        below = [each for each in parents.get(left.pop(), []) if SOURCE not in command_of(each)]
         found += below
         left += below
     return found

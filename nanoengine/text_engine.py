@@ -50,7 +50,7 @@ class _Client:
             self.engine.apply_inbox()  # now, so that its id is free when its last output is there
         if assembler.finished or not self.final_only:
             output = assembler.new_output() if self.delta else assembler.output()
-            if output.outputs or output.finished or not self.delta:
+            if output is not None:
                 self.sink(output)
 
 

@@ -54,10 +54,9 @@ class OutputStream(AsyncIterator[RequestOutput]):
                 self._error = assembler.error
                 break
             output = assembler.new_output() if self._delta else assembler.output()
-            if assembler.finished:
-                self.close()
-                return output
-            if output.outputs or not self._delta:
+            if output is not None:
+                if output.finished:
+                    self.close()
                 return output
         raise self._error
 

@@ -218,14 +218,16 @@ class OutputAssembler:
         prompt_logprobs = None if self.error else self._prompt_logprobs
         return self._output([] if self.error else [sample.output() for sample in self._samples], prompt_logprobs)
 
-    def new_output(self) -> RequestOutput:
-        """What is new since the last one: of the samples that have something new, and of the prompt's log-probs. Not
-        to be used beside `output`."""
-        found = [] if self.error else [sample.new_output() for sample in self._samples]
+    def new_output(self) -> RequestOutput | None:
+        """What is new since the last one: of the samples that have something new, and of the prompt's log-probs, which
+        wait for the first of them. None: nothing is. Not to be used beside `output`."""
+        found = [] if self.error else [new for sample in self._samples if (new := sample.new_output()) is not None]
+        if not found and not self.finished:
+            return None
         logprobs, start = self._prompt_logprobs, self._reported
         if logprobs is not None:
             self._reported, logprobs = len(logprobs), logprobs[start:] or None
-        return self._output([each for each in found if each is not None], logprobs)
+        return self._output(found, logprobs)
 
     def _output(
         self, outputs: list[CompletionOutput], prompt_logprobs: tuple[Logprobs | None, ...] | None

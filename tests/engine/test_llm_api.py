@@ -715,6 +715,18 @@ def test_a_stream_of_deltas_joins_to_the_whole_whoever_makes_the_steps(llm: LLM)
         assert [tuple(tokens) for tokens in found.values()] == [greedy(prompt, 8)] * 2
 
 
+def test_log_probs_of_a_prompt_in_chunks_come_with_the_first_token_of_a_stream_of_deltas(tmp_path: Path) -> None:
+    """They were dropped with the chunks, which have no token."""
+    params, prompt = SamplingParams(temperature=0, max_tokens=3, prompt_logprobs=0), prompts(1, shortest=9, longest=9)[0]
+    with mock_llm(tmp_path, max_num_batched_tokens=4) as llm:
+        first, *rest = llm.stream(prompt, params, delta=True)
+        [whole] = llm.generate([prompt], params, use_tqdm=False)
+        assert llm.stats().chunks == 4
+    assert first.prompt_logprobs == whole.prompt_logprobs
+    assert len(first.prompt_logprobs or ()) == 9
+    assert [each.prompt_logprobs for each in rest] == [None, None]
+
+
 @pytest.mark.parametrize("several", [["a", "b"], [[1], [2]], [{"prompt_token_ids": [1]}], ["a"], ([1], [2])])
 def test_a_stream_refuses_a_list_of_prompts_in_words(llm: LLM, several: Any) -> None:
     with pytest.raises(ParamsError, match="one prompt, not a list of prompts: for several call generate, or open a"):

@@ -39,6 +39,7 @@ OPTIONS: dict[str, Any] = {
     "block_size": 4,
     "num_gpu_blocks_override": 2048,
     "max_num_seqs": 8,
+    "max_num_batched_tokens": 12,  # prompts come in chunks
     "plugins": [mock_model],
 }
 

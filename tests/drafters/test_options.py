@@ -214,6 +214,8 @@ def config(tmp_path: Path, text: str, *overrides: str, registry: Registry) -> Ru
         ("", ("speculation=mine",), {"method": "mine"}),  # no file: a drafter of that name
         ("", ("speculation=ngram", "speculation.tokens=6"), {"method": "ngram", "tokens": 6}),
         ("", ("engine.speculation={method: ngram}",), {"method": "ngram"}),
+        ("", ("engine.speculation=ngram",), {"method": "ngram"}),
+        ("engine:\n  speculation: suffix\n", (), {"method": "suffix"}),
         ("engine:\n  speculation: {method: ngram, tokens: 4}\n", (), {"method": "ngram", "tokens": 4}),
         ("speculation: {method: ngram, tokens: 4}\n", (), {"method": "ngram", "tokens": 4}),
         ("speculation: suffix\nengine: {seed: 3}\n", (), {"method": "suffix"}),

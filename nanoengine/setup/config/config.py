@@ -102,6 +102,7 @@ class RunConfig:
 _SECTIONS: Mapping[str, type[Any]] = {"model": ModelSection, "attention": AttentionSection, "engine": EngineOptions}
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+(@[\w./-]+)?")
 _SPECULATION = ("engine", "speculation")  # where the section `speculation` goes
+_NOT_GIVEN = object()
 
 
 def load_config(
@@ -144,20 +145,25 @@ def _is_model(given: str, roots: Sequence[Root], models: Shorthand) -> bool:
 
 def _with_speculation(composed: Composed) -> Composed:
     """The section `speculation`, which is short for `engine.speculation`, in its place there."""
-    if "speculation" not in composed.data:
-        return composed
     data = {key: value for key, value in composed.data.items() if key != "speculation"}
-    given, engine = composed.data["speculation"], data.get("engine") or {}
+    given, engine = composed.data.get("speculation", _NOT_GIVEN), data.get("engine") or {}
     if not isinstance(engine, Mapping):
         return composed  # which is refused
+    if given is _NOT_GIVEN:
+        given = engine.get("speculation")
+        return replace(composed, data={**data, "engine": _named(engine, given)}) if isinstance(given, str) else composed
     if "speculation" in engine:
         one, other = composed.origin(("speculation",)), composed.origin(_SPECULATION)
         raise ConfigError(f"{one} and {other}: speculation is short for engine.speculation; leave out one of them")
-    if isinstance(given, str):  # from an interpolation: `speculation: ${oc.env:METHOD}`
-        given = {"method": given}
     origins = {(*_SPECULATION, *p[1:]) if p[0] == "speculation" else p: by for p, by in composed.origins.items()}
     known = [((*_SPECULATION, *p[1:]) if p[0] == "speculation" else p, by) for p, by in composed.given]
-    return replace(composed, data={**data, "engine": {**engine, "speculation": given}}, origins=origins, given=known)
+    return replace(composed, data={**data, "engine": _named(engine, given)}, origins=origins, given=known)
+
+
+def _named(engine: Mapping[str, Any], given: Any) -> dict[str, Any]:
+    """The section `engine` with this `speculation`. A text is its method: in engine.speculation, or from an
+    interpolation (`speculation: ${oc.env:METHOD}`)."""
+    return {**engine, "speculation": {"method": given} if isinstance(given, str) else given}
 
 
 def _primary(path_or_recipe: str | Path, roots: Sequence[Root], failure_hint: str) -> tuple[ConfigFile, SearchPath]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from nanoengine.server.auth import Caller, Keys
 from nanoengine.server.config import ServerConfig
-from nanoengine.server.errors import ApiError, body_of
+from nanoengine.server.errors import ApiError, body_of, shortened
 from nanoengine.server.record import RECORD, Observer, Record
 
 Scope = MutableMapping[str, Any]
@@ -89,6 +89,7 @@ class Gate:
             if self._is_preflight(scope, headers):
                 await self._answer(start, 204, b"", self._preflight(headers))
                 return
+            self._refuse_other_origins(scope, headers)
             if scope["path"] not in WITHOUT_KEY:
                 page = scope["path"] in PAGES and scope["method"] == "GET"
                 scope["nanoengine.caller"] = self._keys.caller(headers, page=page)
@@ -132,6 +133,21 @@ class Gate:
     def _is_preflight(self, scope: Scope, headers: Mapping[bytes, bytes]) -> bool:
         asked = scope["method"] == "OPTIONS" and b"access-control-request-method" in headers
         return asked and (b"*" in self._origins or headers.get(b"origin") in self._origins)
+
+    def _refuse_other_origins(self, scope: Scope, headers: Mapping[bytes, bytes]) -> None:
+        """Raises `ApiError` 403 for what a page of an origin that is not listed posts. A browser sends text without a
+        preflight, so keeping the answer from the page would not keep it from a drain."""
+        origin, site = headers.get(b"origin"), headers.get(b"sec-fetch-site")
+        if scope["method"] in ("GET", "OPTIONS") or b"*" in self._origins or origin in self._origins:
+            return
+        if site is not None:
+            own = site in (b"same-origin", b"none")
+        else:  # no browser, an old one, or a page without TLS
+            own = origin is None or origin.partition(b"://")[2] == headers.get(b"host")
+        if not own:
+            name = shortened((origin or b"another origin").decode("latin-1"), 200)
+            words = f"pages of {name} may not send requests here; server.cors_origins lists those that may"
+            raise ApiError(403, words, "origin_not_allowed")
 
     def _cors(self, headers: Mapping[bytes, bytes]) -> Headers:
         """Headers for a page of a listed origin; on every answer, so that errors and streams can be read too."""

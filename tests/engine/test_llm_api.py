@@ -717,7 +717,10 @@ def test_a_stream_of_deltas_joins_to_the_whole_whoever_makes_the_steps(llm: LLM)
 
 def test_log_probs_of_a_prompt_in_chunks_come_with_the_first_token_of_a_stream_of_deltas(tmp_path: Path) -> None:
     """They were dropped with the chunks, which have no token."""
-    params, prompt = SamplingParams(temperature=0, max_tokens=3, prompt_logprobs=0), prompts(1, shortest=9, longest=9)[0]
+    params, prompt = (
+        SamplingParams(temperature=0, max_tokens=3, prompt_logprobs=0),
+        prompts(1, shortest=9, longest=9)[0],
+    )
     with mock_llm(tmp_path, max_num_batched_tokens=4) as llm:
         first, *rest = llm.stream(prompt, params, delta=True)
         [whole] = llm.generate([prompt], params, use_tqdm=False)

@@ -166,6 +166,33 @@ def test_a41_cors_is_off_unless_the_origin_is_listed() -> None:
     assert "access-control-allow-credentials" not in response.headers
 
 
+@pytest.mark.parametrize(
+    ("headers", "allowed"),
+    [
+        ({}, True),
+        ({"origin": PAGE}, False),
+        ({"origin": "null"}, False),
+        ({"origin": PAGE, "sec-fetch-site": "cross-site"}, False),
+        ({"origin": "http://server:1", "sec-fetch-site": "same-site"}, False),
+        ({"origin": "http://server"}, True),  # the page of /docs, without TLS
+        ({"origin": PAGE, "sec-fetch-site": "same-origin"}, True),  # the same behind a proxy that changes Host
+        ({"origin": "https://listed.example", "sec-fetch-site": "cross-site"}, True),
+    ],
+)
+def test_a_page_of_another_origin_cannot_post_even_without_a_preflight(headers: dict[str, str], allowed: bool) -> None:
+    """Any web site may make a browser post text to 127.0.0.1: it could have ended the server by a drain."""
+    server = Server(config={"cors_origins": ("https://listed.example",)})
+    given = {**headers, "content-type": "text/plain"}
+    for path, body in (("/v1/completions", {"prompt": "a"}), ("/admin/drain", {"seconds": 1})):
+        response = server.post(path, body, headers=given)
+        if allowed:
+            assert response.status_code == 200, response.text
+        else:
+            assert error_of(response, 403)["code"] == "origin_not_allowed"
+    assert server.request("GET", "/v1/models", headers=headers).status_code == 200
+    assert Server(config={"cors_origins": ("*",)}).post("/v1/completions", {"prompt": "a"}, headers=given).is_success
+
+
 def test_a41_errors_and_streams_have_the_headers_too() -> None:
     server = Server(config={"cors_origins": (PAGE,)}, keys=keys())
     headers = {"origin": PAGE, "x-api-key": KEY}

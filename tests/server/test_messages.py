@@ -174,6 +174,14 @@ def test_tool_choice(choice: dict[str, Any], required: bool, parallel: bool) -> 
     assert hasattr(server.last.params, "structured_outputs") == required
 
 
+@pytest.mark.parametrize("edits", [None, [], [{"type": "clear_thinking_20251015", "keep": "all"}]])
+def test_what_claude_code_sends_by_itself_is_accepted_where_it_changes_nothing(edits: Any) -> None:
+    mark = {"type": "ephemeral", "ttl": "1h", "scope": "global"}
+    system = [{"type": "text", "text": "Be brief", "cache_control": mark}]
+    fields = {"system": system, "container": None, "context_management": {"edits": edits} if edits != [] else None}
+    said(Server(), **fields)
+
+
 CONVERSATION = [
     {"role": "user", "content": [{"type": "text", "text": "Weather?", "cache_control": {"type": "ephemeral"}}]},
     {
@@ -291,6 +299,8 @@ def test_blocks_that_are_not_supported_are_refused_by_name(name: str) -> None:
         ({"tools": TOOLS, "tool_choice": {"type": "tool"}}, "tool_choice.name"),
         ({"tools": TOOLS, "tool_choice": {"type": "tool", "name": "x"}}, "weather, time"),
         ({"mcp_servers": []}, "nothing is fetched"),
+        ({"context_management": {"edits": [{"type": "clear_thinking_20251015", "keep": "1"}]}}, "edits[0].keep"),
+        ({"context_management": {"edits": [{"type": "clear_tool_uses_20250919"}]}}, "edits[0].type"),
         ({"stop": ["x"]}, "its name is stop_sequences"),
         ({"thinking": {"type": "enabled", "budget": 3}}, "thinking.budget"),
     ],

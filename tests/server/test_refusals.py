@@ -102,7 +102,10 @@ def test_null_is_no_value(server: Server) -> None:
     nothing = dict.fromkeys(
         ("stop", "tools", "n", "seed", "temperature", "response_format", "logit_bias", "tool_choice")
     )
-    assert server.chat(**nothing).status_code == 200
+    others = dict.fromkeys(("functions", "function_call", "audio", "verbosity"))  # that are not supported
+    assert server.chat(**nothing, **others, top_logprobs=0).status_code == 200
+    assert server.complete(suffix=None, messages=None).status_code == 200
+    assert error_of(server.chat(temprature=None))["param"] == "temprature"
     assert "temperature" not in server.last.params.processor_fields
 
 

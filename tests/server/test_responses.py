@@ -138,6 +138,7 @@ def test_what_was_asked_for_is_repeated() -> None:
         "previous_response_id": None,
         "truncation": "disabled",
         "top_logprobs": 0,
+        "client_metadata": {"x-codex-installation-id": "a"},
     }
     response = said(Server("{}", parsers=PARSERS), **fields)
     same = ("instructions", "max_output_tokens", "temperature", "metadata", "reasoning", "text", "parallel_tool_calls")

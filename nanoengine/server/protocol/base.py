@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, TypeVar
 
 import msgspec
-from pydantic import AfterValidator, BaseModel, ConfigDict, FailFast, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, FailFast, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
 from nanoengine.api.errors import nearest
@@ -50,6 +50,13 @@ class RequestModel(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, arbitrary_types_allowed=True, protected_namespaces=())
 
     not_supported: ClassVar[Mapping[str, str]] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, given: Any) -> Any:
+        """Some clients write every field that they know, and null where nothing is wanted."""
+        nulls = [name for name in cls.not_supported if given.get(name, 0) is None] if isinstance(given, dict) else []
+        return {name: value for name, value in given.items() if name not in nulls} if nulls else given
 
     def given(self, name: str) -> bool:
         """Whether the client sent this field with a value; null is no value."""
@@ -104,8 +111,9 @@ def _refuse_deep(data: Any) -> None:
 
 def _refuse_unknown(model: type[RequestModel], data: Mapping[str, Any]) -> None:
     """Before pydantic would list all of them."""
-    for name in data:
-        if name not in model.model_fields:  # fields at the top have no aliases
+    for name, value in data.items():
+        known = name in model.model_fields or (value is None and name in model.not_supported)
+        if not known:  # fields at the top have no aliases
             raise _unknown(model, name, name)
 
 

@@ -16,6 +16,7 @@ class CacheControl(RequestModel):
 
     type: Literal["ephemeral"]
     ttl: str | None = None
+    scope: str | None = None
 
 
 class MessageTool(RequestModel):
@@ -65,6 +66,19 @@ class OutputConfig(RequestModel):
     format: OutputFormat | None = None
 
 
+class ContextEdit(RequestModel):
+    """An edit that removes nothing: all reasoning is kept."""
+
+    type: Literal["clear_thinking_20251015"]
+    keep: Literal["all"]
+
+
+class ContextManagement(RequestModel):
+    """What is left out of the conversation: nothing. Claude Code asks for that by name."""
+
+    edits: list[ContextEdit] | None = None
+
+
 class Metadata(RequestModel):
     """Who asks."""
 
@@ -77,7 +91,6 @@ class CountRequest(RequestModel):
     not_supported: ClassVar = {
         "container": "no code is run",
         "mcp_servers": "nothing is fetched",
-        "context_management": "send the messages that count",
         "inference_geo": "there is one place",
         "speed": "there is one speed",
         "n": "one answer is made; use /v1/chat/completions",
@@ -95,6 +108,7 @@ class CountRequest(RequestModel):
     output_config: OutputConfig | None = None
     output_format: OutputFormat | None = None
     cache_control: CacheControl | None = None
+    context_management: ContextManagement | None = None
 
 
 class MessagesRequest(CountRequest):

@@ -102,6 +102,7 @@ class ResponsesRequest(RequestModel):
     max_tool_calls: int | None = None
     top_logprobs: int | None = None
     metadata: dict[str, str] | None = None
+    client_metadata: dict[str, str] | None = None
     user: Name | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None

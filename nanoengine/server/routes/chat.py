@@ -123,7 +123,7 @@ def _own(body: ChatRequest, context: Context, parsing: Parsing) -> dict[str, Any
         own["max_tokens"] = most
     if body.logprobs:
         own["logprobs"] = checked_logprobs("top_logprobs", body.top_logprobs or 0, context.client.info, context.config)
-    elif body.top_logprobs is not None:
+    elif body.top_logprobs:
         raise invalid("top_logprobs needs logprobs: true", "top_logprobs")
     if parsing.hidden:
         own["skip_special_tokens"] = False

@@ -31,10 +31,12 @@ from nanoengine.distributed.wire import decode, encode
 from nanoengine.params.engine_plan import EnginePlan
 from nanoengine.setup.plugins.targets import TargetLoader
 from nanoengine.setup.start.clock import PHASES, StartClock
+from nanoengine.setup.start.wake import rank_processes
 
 if TYPE_CHECKING:
     from nanoengine.core.execution.results import StepHandle
     from nanoengine.core.execution.runner import ModelRunner
+    from nanoengine.kernels.compile_processes import CompileProcesses
     from nanoengine.setup.start.memory import MemoryReport
 
 _PARENT_CHECK_MS = 2000
@@ -137,6 +139,14 @@ class Worker:
         self._send(Kind.READY, 0, pickle.dumps(memory))
 
     def _start_runner(self, clock: PhaseClock) -> tuple[ModelRunner, MemoryReport]:
+        processes = rank_processes(self._start.plan.options)  # which import torch beside this one
+        try:
+            return self._make_runner(clock, processes)
+        finally:
+            if processes is not None:
+                processes.close()
+
+    def _make_runner(self, clock: PhaseClock, processes: CompileProcesses | None) -> tuple[ModelRunner, MemoryReport]:
         import torch
 
         from nanoengine.core.execution.step_inputs import MOST_PREFILL_ROWS
@@ -161,7 +171,7 @@ class Worker:
         device = torch.device(plan.options.device)
         pushes = KernelChoice.of(plan.options.kernels).has("sums_pushed")
         group = DistributedGroup(self._rank, size, device, store, self._entered, shared_rows=rows, pushes=pushes)
-        return start_runner(plan, TargetLoader(plan.plugin_files), group, clock)
+        return start_runner(plan, TargetLoader(plan.plugin_files), group, clock, processes=processes)
 
     def _port(self) -> int:
         frame = self._channel.receive()

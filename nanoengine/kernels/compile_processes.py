@@ -41,8 +41,10 @@ class CompileProcesses:
     """The processes, and a connection to each. They start by themselves once there is much to do, and do nothing once
     they are closed."""
 
-    def __init__(self, count: int | None = None) -> None:
+    def __init__(self, count: int | None = None, *, engines: int = 1) -> None:
+        """engines: how many share the cores."""
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        cores //= engines
         self._count = min(_MOST, cores if cores >= _FEWEST_CORES else 0) if count is None else count
         self._free: queue.SimpleQueue[socket.socket] = queue.SimpleQueue()
         self._process: subprocess.Popen[bytes] | None = None

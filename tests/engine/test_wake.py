@@ -150,6 +150,22 @@ def test_kernels_are_compiled_by_processes_where_no_engine_has_started_before(
     assert calls[: 1 + (not (notes or eager))] == [("start",)] * (not (notes or eager)) + [("cuInit", 0)]
 
 
+@pytest.mark.parametrize("notes", [True, False])
+def test_ranks_have_processes_of_their_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, notes: bool) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    if notes:
+        (tmp_path / "nanoengine-1.json").touch()
+    made = list[Any]()
+    monkeypatch.setattr(wake, "CompileProcesses", lambda **given: Processes(made.append(given) or made))
+
+    def asked(device: str, **options: Any) -> bool:
+        return wake.rank_processes(EngineOptions(device=device, tensor_parallel_size=2, **options)) is not None
+
+    assert [asked("cpu"), asked("cuda", enforce_eager=True), *made] == [False, False]
+    assert asked("cuda")
+    assert made == [{"engines": 2}, *[("start",)] * (not notes)]
+
+
 def test_processes_are_not_kept_where_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
 

@@ -48,11 +48,22 @@ def compile_processes() -> CompileProcesses | None:
     return _processes.get()
 
 
+def rank_processes(options: EngineOptions) -> CompileProcesses | None:
+    """Those of a rank in a process of its own. None: it runs on a CPU, or eagerly."""
+    if options.device.partition(":")[0] != "cuda" or options.enforce_eager:
+        return None
+    return _started_where_cold(CompileProcesses(engines=options.tensor_parallel_size))
+
+
 def _processes_of_next() -> CompileProcesses:
     processes = _processes.get()
     if processes is None or processes.closed:
         processes = CompileProcesses()
         _processes.set(processes)
+    return _started_where_cold(processes)
+
+
+def _started_where_cold(processes: CompileProcesses) -> CompileProcesses:
     if _is_cold():
         processes.start()
     return processes

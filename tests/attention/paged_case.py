@@ -181,7 +181,7 @@ def run(backend_cls: type[AttentionBackend], case: Case, *, layer: int = 1, laye
 
 
 def history(backend: AttentionBackend, case: Case, layer: int) -> None:
-    """Store every token before this step, row by row, through the backend's own forward."""
+    """Store every token before this step, row by row, by the backend's `store`, or by its forward if it has none."""
     for row, (count, length) in enumerate(case.rows):
         before = length - count
         for first in range(0, before, case.limits.max_tokens):
@@ -204,5 +204,9 @@ def history(backend: AttentionBackend, case: Case, layer: int) -> None:
                 )
             )
             k, v = case.keys[row][first:last], case.values[row][first:last]
-            q = torch.zeros(last - first, case.heads, case.head_size)
-            backend.forward(layer, case.spec, *(x.to(case.dtype).to(at) for x in (q, k, v)))
+            k, v = (x.to(case.dtype).to(at) for x in (k, v))
+            if hasattr(backend, "store"):
+                backend.store(layer, k, v)
+            else:
+                q = torch.zeros(last - first, case.heads, case.head_size, dtype=case.dtype, device=at)
+                backend.forward(layer, case.spec, q, k, v)

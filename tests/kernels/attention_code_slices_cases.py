@@ -145,8 +145,10 @@ def main() -> None:
             print(json.dumps(case), flush=True)
     for name in sys.argv[1:]:
         with tempfile.TemporaryDirectory() as folder:
-            found = list(tried(mutant(by_gluon, MUTANTS, name, Path(folder))))
-        print(json.dumps({"far": max(c["far"] for c in found), "cache": max(c["cache"] for c in found)}), flush=True)
+            for case in tried(mutant(by_gluon, MUTANTS, name, Path(folder))):
+                if case["far"] > 0.1 or case["cache"] > 10:
+                    break  # it is caught
+        print(json.dumps(case), flush=True)
 
 
 if __name__ == "__main__":

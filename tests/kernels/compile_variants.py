@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from itertools import product
+from itertools import islice, product
 from typing import Any
 
 import torch
@@ -153,6 +153,19 @@ def fragments(every: bool) -> Iterator[Launch]:
 
 
 def caches(every: bool) -> Iterator[Launch]:
+    """Of the two types one has every other launch, the other the rest."""
+    kinds = [launches_of_cache(kind, rows) for kind, rows in cases_of_caches(every)]
+    for first, launches in enumerate(kinds):
+        yield from launches if every else islice(launches, first, None, 2)
+
+
+def cases_of_caches(every: bool) -> Iterator[tuple[str, int]]:
+    from nanoengine.kernels.kv_quant import KV_DTYPES
+
+    return product(KV_DTYPES, (1, 8, 64, 256)) if every else zip(KV_DTYPES, (1, 256), strict=True)
+
+
+def launches_of_cache(kind: str, rows: int) -> Iterator[Launch]:
     from nanoengine.kernels import paged_attention_code_slices_gluon as by_slices
     from nanoengine.kernels import paged_attention_codes_gluon as by_gluon
     from nanoengine.kernels import paged_attention_triton as attention
@@ -161,47 +174,46 @@ def caches(every: bool) -> Iterator[Launch]:
     from nanoengine.kernels.rope_triton import qk_norm_rope_store
 
     heads, kv_heads, size, block = 32, 8, 128, 16
-    for kind, rows in product(KV_DTYPES, (1, 8, 64, 256)) if every else zip(KV_DTYPES, (1, 256), strict=True):
-        cache = rand(64, kv_heads, block, size, dtype=KV_DTYPES[kind])
-        scales = (rand(64, kv_heads, block, dtype=torch.float32), rand(64, kv_heads, block, dtype=torch.float32))
-        tables, lens = rand(rows, 16, dtype=torch.int32), rand(rows, dtype=torch.int32)
-        starts, slots = rand(rows + 1, dtype=torch.int32), rand(rows, dtype=torch.int64)
-        q, parts = rand(rows, heads, size), rand(1 << 20, dtype=torch.float32)
-        scratch = attention.DecodeScratch(parts, parts, rand(1 << 16, dtype=torch.int32))
-        shape, group = (kv_heads, size, 4096, 2, 132), heads // kv_heads
-        given: dict[str, Any] = {"scale": 0.1, "window": None, "soft_cap": None, "scales": scales}
-        read = (q, cache, cache, torch.empty_like(q), tables, lens)
-        name = f"cache in {kind} x{rows}"
-        one, several = decode_config(rows, *shape), several_config(rows, 4, group, *shape)
-        yield (
-            f"{name} decode",
-            partial(attention.attend_decode, *read, config=one, scratch=scratch, beside=rows > 1, **given),
-        )
-        assert by_gluon.takes(q, cache)
-        launch = partial(by_gluon.attend_codes, q, cache, cache, scales, *read[3:], scale=0.1, scratch=scratch)
-        yield f"{name} decode by Gluon", partial(launch, config=one, beside=rows > 1)
-        yield f"{name} prefill", partial(attention.attend_prefill, *read, starts, **given)
-        yield (
-            f"{name} several",
-            partial(
-                attention.attend_several, *read, starts, queries=4, config=several, tickets=scratch.tickets,
-                pad_tokens=rows, **given,
-            ),
-        )  # fmt: skip
-        qkv, norm, turned = rand(rows, (heads + 2 * kv_heads) * size), rand(size), cache.transpose(1, 2)
-        by_token = (scales[0].transpose(1, 2), scales[1].transpose(1, 2))
-        yield (
-            f"{name} rotation and store",
-            partial(
-                qk_norm_rope_store, qkv, slots, rand(64, dtype=torch.float32), turned, turned, slots,
-                q_weight=norm, k_weight=norm, eps=1e-6, scales=by_token,
-            ),
-        )  # fmt: skip
-        tokens = attention.NewTokens(slots=slots, inv_freq=rand(64, dtype=torch.float32), q_weight=norm, k_weight=norm)
-        launch = partial(by_slices.attend_code_slices, qkv, cache, cache, scales, *read[3:], tokens, scale=0.1)
-        yield f"{name} decode by slices", partial(launch, keys=64 if rows == 1 else 128)
-        new = rand(rows, kv_heads, size)
-        yield f"{name} store", partial(attention.store_kv, new, new, cache, cache, slots, scales)
+    cache = rand(64, kv_heads, block, size, dtype=KV_DTYPES[kind])
+    scales = (rand(64, kv_heads, block, dtype=torch.float32), rand(64, kv_heads, block, dtype=torch.float32))
+    tables, lens = rand(rows, 16, dtype=torch.int32), rand(rows, dtype=torch.int32)
+    starts, slots = rand(rows + 1, dtype=torch.int32), rand(rows, dtype=torch.int64)
+    q, parts = rand(rows, heads, size), rand(1 << 20, dtype=torch.float32)
+    scratch = attention.DecodeScratch(parts, parts, rand(1 << 16, dtype=torch.int32))
+    shape, group = (kv_heads, size, 4096, 2, 132), heads // kv_heads
+    given: dict[str, Any] = {"scale": 0.1, "window": None, "soft_cap": None, "scales": scales}
+    read = (q, cache, cache, torch.empty_like(q), tables, lens)
+    name = f"cache in {kind} x{rows}"
+    one, several = decode_config(rows, *shape), several_config(rows, 4, group, *shape)
+    yield (
+        f"{name} decode",
+        partial(attention.attend_decode, *read, config=one, scratch=scratch, beside=rows > 1, **given),
+    )
+    assert by_gluon.takes(q, cache)
+    launch = partial(by_gluon.attend_codes, q, cache, cache, scales, *read[3:], scale=0.1, scratch=scratch)
+    yield f"{name} decode by Gluon", partial(launch, config=one, beside=rows > 1)
+    yield f"{name} prefill", partial(attention.attend_prefill, *read, starts, **given)
+    yield (
+        f"{name} several",
+        partial(
+            attention.attend_several, *read, starts, queries=4, config=several, tickets=scratch.tickets,
+            pad_tokens=rows, **given,
+        ),
+    )  # fmt: skip
+    qkv, norm, turned = rand(rows, (heads + 2 * kv_heads) * size), rand(size), cache.transpose(1, 2)
+    by_token = (scales[0].transpose(1, 2), scales[1].transpose(1, 2))
+    yield (
+        f"{name} rotation and store",
+        partial(
+            qk_norm_rope_store, qkv, slots, rand(64, dtype=torch.float32), turned, turned, slots,
+            q_weight=norm, k_weight=norm, eps=1e-6, scales=by_token,
+        ),
+    )  # fmt: skip
+    tokens = attention.NewTokens(slots=slots, inv_freq=rand(64, dtype=torch.float32), q_weight=norm, k_weight=norm)
+    launch = partial(by_slices.attend_code_slices, qkv, cache, cache, scales, *read[3:], tokens, scale=0.1)
+    yield f"{name} decode by slices", partial(launch, keys=64 if rows == 1 else 128)
+    new = rand(rows, kv_heads, size)
+    yield f"{name} store", partial(attention.store_kv, new, new, cache, cache, slots, scales)
 
 
 def prompts(every: bool) -> Iterator[Launch]:

@@ -3,6 +3,8 @@ bfloat16 arithmetic is silently wrong: that dtype is tested on a GPU only."""
 
 from __future__ import annotations
 
+import shutil
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -10,6 +12,7 @@ import torch
 from triton_interpreter import import_kernels, interpreted
 
 ON_GPU = torch.cuda.is_available()
+WEEK = 7 * 24 * 3600
 DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if ON_GPU else [])]
 
 
@@ -20,6 +23,20 @@ import_kernels()
 def _interpreted() -> Iterator[None]:
     with interpreted():
         yield
+
+
+@pytest.fixture(scope="session")
+def compiled_before(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Folder of what Triton compiled, found by all that it is compiled from. It is kept between runs, in pytest's
+    cache, and what was made over a week ago is removed."""
+    kept = getattr(request.config, "cache", None)
+    if kept is None:  # -p no:cacheprovider
+        return str(tmp_path_factory.mktemp("triton"))
+    folder = kept.mkdir("triton")
+    for made in folder.iterdir():
+        if time.time() - made.stat().st_mtime > WEEK:
+            shutil.rmtree(made, ignore_errors=True)
+    return str(folder)
 
 
 @pytest.fixture

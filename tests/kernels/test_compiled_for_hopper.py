@@ -17,10 +17,9 @@ EVERY = torch.cuda.is_available()
 
 
 @pytest.fixture(scope="module")
-def kernels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+def kernels(compiled_before: str) -> dict[str, dict[str, Any]]:
     """In a process of its own: in this one Triton interprets."""
-    cache = str(tmp_path_factory.mktemp("triton"))
-    told = uninterpreted.run("compile_for_hopper.py", *["--all"] * EVERY, TRITON_CACHE_DIR=cache)
+    told = uninterpreted.run("compile_for_hopper.py", *["--all"] * EVERY, TRITON_CACHE_DIR=compiled_before)
     found: dict[str, dict[str, Any]] = json.loads(told)
     return found
 

@@ -71,6 +71,7 @@ def product_of(kernel: str, x: Tensor, weight: Tensor) -> Tensor:
     return y
 
 
+@pytest.mark.half
 @pytest.mark.parametrize("kernel", list(KERNELS))
 @pytest.mark.parametrize("size", [2, 3])
 @pytest.mark.parametrize("turn", [0, 8, 2**31 - 1, -2])

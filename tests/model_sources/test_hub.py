@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from empty_cache import empty_cache
 from gguf_zoo import TinyGGUF
 from hub_stub import Commit, Hub, Repo, commit_of, repo, serve
 from huggingface_hub import constants, file_download
@@ -315,7 +316,7 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Commit:
 def test_run_fetches_and_says_from_where(hub: Hub, real: Commit, tmp_path: Path) -> None:
     hub.repos["org/real"] = Repo({commit_of(real): real}, {"main": "0" * 40, "v1": commit_of(real)})
     env = {**os.environ, "HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0",
-           "NANOENGINE_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}  # fmt: skip
+           "NANOENGINE_CACHE": empty_cache(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}  # fmt: skip
     env.pop("HF_HUB_CACHE", None)
     (tmp_path / "run.yaml").write_text(
         "model: {source: org/real, revision: v1}\nengine: {max_model_len: 64}\n"

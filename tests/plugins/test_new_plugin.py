@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from empty_cache import empty_cache
 from plugin_environment import build_wheels, install, make_environment, run
 from typer.testing import CliRunner, Result
 
@@ -121,7 +122,7 @@ for folder, *arguments in [
 
 @pytest.mark.slow
 def test_their_configurations_run(site: Site, tmp_path: Path) -> None:
-    cache = {"NANOENGINE_CACHE": str(tmp_path / "cache")}
+    cache = {"NANOENGINE_CACHE": empty_cache(tmp_path / "cache")}
     done = run(site.python, "-c", RUN_ALL, cwd=site.sources, env=cache)
     assert "writing opt-tiny to" in done.stderr
     config = {}

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from empty_cache import empty_cache
 from gguf_blocks import KINDS, checkpoint, expected, random_blocks
 from gguf_expanded import expanded_folder
 from gguf_zoo import TinyGGUF
@@ -182,7 +183,7 @@ def test_a_file_gives_the_log_probs_of_its_dequantised_folder(
     arch: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rows of q and k in another order, norms that lack one, types that differ within a layer."""
-    monkeypatch.setenv("NANOENGINE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("NANOENGINE_CACHE", empty_cache(tmp_path / "cache"))
     tiny = TinyGGUF(arch, "smollm" if arch == "llama" else "qwen2")
     file, folder = tiny.write(tmp_path / "tiny.gguf"), tmp_path / "folder"
     folder.mkdir()

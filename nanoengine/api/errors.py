@@ -224,10 +224,15 @@ def draw_failure(restrictions: Sequence[str], *, finite: bool) -> RequestError:
     """
     if not finite:
         return RequestError("bad_logits", "the model gave logits that are not finite for this request")
+    advice = f"loosen what this request has: {', '.join(restrictions)}"
+    if not restrictions:
+        advice = (
+            "this request restricts nothing, so a logits processor of another one changed a row that is not its own"
+        )
     return RequestError(
         "nothing_left",
         "the logits processors left no token that can be drawn: every one is masked, or a processor returned NaN or "
-        f"+inf; loosen what this request has: {', '.join(restrictions) or 'no restriction of its own'}",
+        f"+inf; {advice}",
     )
 
 

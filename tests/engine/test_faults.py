@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from nanoengine import EngineClosed, SamplingParams
-from nanoengine.api.errors import PluginError
+from nanoengine.api.errors import PluginError, draw_failure
 from nanoengine.core import engine
 from nanoengine.core.execution.executor import Call
 from nanoengine.core.execution.results import NotLaunched
@@ -126,6 +126,7 @@ def test_processors_that_leave_nothing_fail_their_row_alone(tmp_path: Path) -> N
     assert two.error is not None
     assert two.error.code == "nothing_left"
     assert "has: allowed_token_ids, logit_bias, min_tokens" in str(two.error)
+    assert "a logits processor of another one changed a row" in str(draw_failure((), finite=True))
 
 
 def test_one_bad_sample_of_several_fails_its_request_and_frees_the_rest(

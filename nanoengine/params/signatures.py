@@ -201,6 +201,7 @@ class LLMSignature:
         enforce_eager: bool = False,
         graph_mixed_steps: bool = True,
         lazy_graphs: bool = True,
+        idle_captures: bool = True,
         reuse_profile: bool = True,
         speculation: Mapping[str, Any] | str | None = None,
         overlap: bool = True,
@@ -270,8 +271,9 @@ class LLMSignature:
             step_timeout: seconds after which a step counts as hanging (above 0; at most a year).
             enforce_eager: never capture graphs.
             graph_mixed_steps: also run steps with prompt tokens as padded graphs; otherwise these run eagerly.
-            lazy_graphs: capture a graph when a step first wants it, which takes that step some milliseconds longer;
-                otherwise, and with tensor parallelism, all at the start.
+            lazy_graphs: capture a graph when a step first wants it, which takes that step 20 to 60 milliseconds
+                longer; otherwise, and with tensor parallelism, all at the start.
+            idle_captures: a server captures the others while it has no request.
             reuse_profile: a start with the model, options, GPU and versions of an earlier one takes the memory of
                 the largest steps from it, and compiles nothing ahead; its notes are in the folder of Triton's
                 cache.
@@ -344,6 +346,7 @@ class AsyncLLMSignature:
         enforce_eager: bool = False,
         graph_mixed_steps: bool = True,
         lazy_graphs: bool = True,
+        idle_captures: bool = True,
         reuse_profile: bool = True,
         speculation: Mapping[str, Any] | str | None = None,
         overlap: bool = True,

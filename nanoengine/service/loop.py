@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from nanoengine.core.engine import Engine
     from nanoengine.params.input_processor import CheckedRequest, InputProcessor
 
+_QUIET_SECONDS = 0.1  # without a step: a client that sends its next request at once does not wait for other work
 _MOST_FAILURES = 3  # that the step loop may have one after the other, before it ends
 _log = logging.getLogger(__name__)
 
@@ -51,9 +52,11 @@ class EngineService:
         *,
         limits: Limits | None = None,
         meter: Meter | None = None,
+        idle: Callable[[], bool] | None = None,
     ) -> None:
+        """idle: does a piece of work for which no request may wait long; False: there is no more."""
         self.engine, self.info, self.meter, self._inputs = engine, info, meter, inputs
-        self._engine_stats, self._limits = stats, limits
+        self._engine_stats, self._limits, self._idle = stats, limits, idle
         self._lock = threading.RLock()  # guards what follows; the engine's own locks are taken inside of it
         self._open: dict[str, OpenRequest] = {}
         self._queue = Queue()  # of them, those that have not started
@@ -67,7 +70,7 @@ class EngineService:
         self._touched: list[Member] = []  # the loop's own: those with a batch
         self._fed: list[OpenRequest] = []  # likewise, where there is a meter: those that a step gave tokens
         self._queued: list[float] = []  # seconds that those waited which have tokens for the first time
-        self._began = self.progress_at = self.turned_at = time.monotonic()
+        self._began = self.progress_at = self.turned_at = self._quiet_since = time.monotonic()
         self._thread = threading.Thread(target=self._run, name="nanoengine-steps", daemon=True)
 
     def start(self) -> None:
@@ -294,7 +297,10 @@ class EngineService:
             self._flush()  # before anything else: clients wait for it
             if self.meter is not None and (busy or self._fed):
                 self._measure(self.meter, began, stepped)
-        self.inbox.read(0.0 if steps else self._until_beat())
+            self._quiet_since = stepped
+        elif self._idle is not None and time.monotonic() >= self._quiet_since + _QUIET_SECONDS and not self._idle():
+            self._idle = None
+        self.inbox.read(0.0 if steps else self._until_due())
         while self._calls:
             self._calls.popleft()()
         self.turned_at = now = time.monotonic()
@@ -312,6 +318,11 @@ class EngineService:
             entry.fed_at = now
         meter.step(now - began, {now - before: count for before, count in gaps.items()}, self._queued)
         self._fed, self._queued = [], []
+
+    def _until_due(self) -> float:
+        """Seconds until something is to be done by itself."""
+        idle = float("inf") if self._idle is None else self._quiet_since + _QUIET_SECONDS - time.monotonic()
+        return max(0.0, min(self._until_beat(), idle))
 
     def _until_beat(self) -> float:
         return max(0.0, self.progress_at + BEAT_SECONDS - time.monotonic())

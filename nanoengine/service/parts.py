@@ -16,10 +16,15 @@ if TYPE_CHECKING:
     from nanoengine.api.stats import EngineStats
     from nanoengine.llm import LLM
 
+_CAPTURE_NEXT = "nanoengine.setup.start.capture:capture_next"
+
 
 def service_of(llm: LLM, *, limits: Limits | None = None, meter: Meter | None = None) -> EngineService:
     """A service of this engine, not started yet. From its start on only the service makes the engine's steps."""
-    return EngineService(llm.engine, llm._built.inputs, info_of(llm), lambda: _stats(llm), limits=limits, meter=meter)
+    parts: dict[str, Any] = {"limits": limits, "meter": meter}
+    if llm._built.assembly.plan.options.idle_captures:
+        parts["idle"] = lambda: all(llm._built.executor.call(_CAPTURE_NEXT))
+    return EngineService(llm.engine, llm._built.inputs, info_of(llm), lambda: _stats(llm), **parts)
 
 
 def parts_of(options: ServiceOptions) -> dict[str, Any]:

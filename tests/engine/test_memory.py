@@ -411,6 +411,41 @@ def test_graphs_are_captured_when_a_step_first_wants_them(
         assert llm.stats().graph_steps > 20
 
 
+@pytest.mark.parametrize(("lazy", "fails"), [(True, False), (True, True), (False, False)])
+def test_graphs_that_no_step_wanted_are_captured_one_by_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lazy: bool, fails: bool
+) -> None:
+    """As a server does while it has no request; until none is left, or one fails."""
+    made = list[int]()
+
+    def captured(run: Any, *_: Any) -> Any:
+        made.append(run.args[0].decode_rows)
+        if broken and made[-1] == 16:
+            raise RuntimeError("not in a capture")
+        return eager_graph(run)
+
+    capturing(monkeypatch, captured)
+    broken = False
+    with mock_llm(tmp_path, lazy_graphs=lazy) as llm:
+
+        def more() -> list[bool]:
+            return llm._built.executor.call("nanoengine.setup.start.capture:capture_next")
+
+        if not lazy:
+            assert more() == [False]
+            return
+        asked = prompts(3)
+        assert tokens_of(llm.generate(asked, GREEDY, use_tqdm=False)) == [greedy(p, 10) for p in asked]
+        assert made == [1, 4]
+        assert [more(), more()] == [[True], [True]]
+        broken = fails
+        assert [more(), more()] == [[not fails], [False]]
+        assert made == [1, 4, 2, 8, 16, *[16] * fails]  # what fails is tried twice
+        asked = prompts(9)
+        assert tokens_of(llm.generate(asked, GREEDY, use_tqdm=False)) == [greedy(p, 10) for p in asked]
+        assert made == [1, 4, 2, 8, 16, *[16] * fails]
+
+
 @pytest.mark.parametrize("started", [True, False])
 def test_a_start_that_compiles_kernels_compiles_those_of_later_steps_too(
     monkeypatch: pytest.MonkeyPatch, started: bool

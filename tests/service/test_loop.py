@@ -53,9 +53,11 @@ def on(
     *,
     limits: Limits | None = None,
     meter: Meter | None = None,
+    idle: Callable[[], bool] | None = None,
 ) -> None:
     """Run `main` with a client of a new service of this engine, which is then ready for the next one."""
     service = service_of(llm, limits=limits, meter=meter)
+    service._idle = idle
 
     async def run() -> None:
         service.start()
@@ -626,3 +628,46 @@ def test_health_is_the_age_of_the_last_sign(llm: LLM, monkeypatch: pytest.Monkey
         monkeypatch.undo()
 
     on(llm, "remote", main)
+
+
+def test_idle_time_is_used_piece_by_piece_and_not_while_a_request_runs(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Until nothing is left. In between requests are answered."""
+    monkeypatch.setattr(loop, "_QUIET_SECONDS", 0.0)
+    left, running = [40], list[bool]()
+
+    def idle() -> bool:
+        running.append(llm.engine.has_unfinished_requests())
+        left[0] -= 1
+        return left[0] > 0
+
+    async def main(client: Any, service: EngineService) -> None:
+        await until(lambda: left[0] < 40)
+        found = await tokens(client, request("r", [1, 2], max_tokens=300))
+        assert found == greedy([1, 2], 300)
+        await until(lambda: left[0] == 0)
+        await asyncio.sleep(0.05)
+
+    on(llm, "local", main, idle=idle)
+    assert running == [False] * 40
+
+
+def test_idle_time_begins_a_while_after_the_last_step(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "_QUIET_SECONDS", 3600.0)
+    used = list[int]()
+
+    async def main(client: Any, service: EngineService) -> None:
+        for i in range(3):
+            await tokens(client, request(f"r{i}", [1, 2], max_tokens=3))
+        assert not used
+
+        def later() -> bool:
+            service._quiet_since = float("-inf")
+            service.inbox.ring()
+            return bool(used)
+
+        await until(later)
+
+    on(llm, "local", main, idle=lambda: bool(used.append(1)))
+    assert used == [1]

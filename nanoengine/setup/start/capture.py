@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import importlib.util
 import logging
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
@@ -21,7 +22,7 @@ from nanoengine.core.execution.runner import ModelRunner
 from nanoengine.core.execution.step_inputs import StepSize
 from nanoengine.kernels.compile_ahead import compiling_ahead, is_compiling_ahead, making_keys
 from nanoengine.kernels.compile_processes import CompileProcesses
-from nanoengine.kernels.device import empty_cache
+from nanoengine.kernels.device import empty_cache, on_device
 from nanoengine.kernels.host_ring import TURNS
 from nanoengine.setup.start.graph_sizes import first_sizes
 from nanoengine.setup.start.release import free_unused
@@ -110,6 +111,19 @@ def _compile_ahead(
 
     capture.compile_ahead(run, processes)
     empty_cache(capture.device)
+
+
+def capture_next(runner: ModelRunner) -> bool:
+    """Captures the next graph that no step has wanted so far, those of small steps first; of ways to draw, those that
+    most steps had. Not while a step runs. False: none is left, or its capture failed."""
+    graphs = runner.graphs
+    made = Counter(kind for _, kind in graphs.passes)
+    kinds = sorted(runner.sampler.tails if graphs.sizes.tail else [None], key=lambda kind: -made[kind])
+    with on_device(runner.device), torch.inference_mode():
+        for kind, size in product(kinds, sorted(graphs.used, key=lambda size: (size.tokens, size))):
+            if (size, kind) not in graphs.passes:
+                return graphs.ready(size, kind)
+    return False
 
 
 class _Attempts:

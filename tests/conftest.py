@@ -22,7 +22,7 @@ import beside
 import pytest
 import torch
 from fixtures_models import smollm2_expanded, smollm2_gguf, smollm2_path  # noqa: F401 - fixtures
-from forked_programs import Starter, forked_programs
+from forked_programs import FORK_EXEC, Starter, forked_programs
 from hypothesis import settings
 from triton_interpreter import import_triton
 
@@ -47,6 +47,12 @@ def forked(starter: Starter) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(subprocess, "_fork_exec", starter)
         yield
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a module where programs are forked: the test's are not."""
+    monkeypatch.setattr(subprocess, "_fork_exec", FORK_EXEC)
 
 
 @pytest.fixture

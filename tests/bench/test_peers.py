@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+pytestmark = pytest.mark.usefixtures("forked")
+
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "peers.py"
 
 

@@ -29,6 +29,8 @@ from nanoengine.cli.conversation import Conversation
 from nanoengine.setup.config.config import load_config
 from nanoengine.testing.checkpoints import tiny_llama
 
+pytestmark = pytest.mark.usefixtures("forked")
+
 Chat = Callable[..., Result]
 CONFIG = """\
 model: ./tiny

@@ -16,6 +16,8 @@ from nanoengine.cli.app import app
 from nanoengine.cli.chat import COMMANDS
 from nanoengine.testing.checkpoints import tiny_llama
 
+pytestmark = pytest.mark.usefixtures("forked")
+
 ROOT = Path(__file__).parents[2]
 PAGES = {name: (ROOT / name).read_text("utf-8") for name in ("README.md", "docs/cli.md")}
 NOT_HERE = ("nanoengine bench", "nanoengine serve")  # takes minutes; runs until it is ended: tests/server
@@ -40,7 +42,7 @@ def commands(page: str) -> Iterator[tuple[str, list[str]]]:
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working directory with the files of the pages, where every model is the tiny one."""
-    tiny = tiny_llama(tmp_path / "tiny", with_tokenizer=True, max_position_embeddings=2000)
+    tiny = tiny_llama(tmp_path / "tiny", with_tokenizer=True, max_position_embeddings=600)
     for home in ("llm", "build"):  # an engine's, and the doctor's
         monkeypatch.setattr(f"nanoengine.{home}.find_model", lambda *arguments: tiny)
     fake = (sys.executable, str(Path(__file__).with_name("fake_process.py")))

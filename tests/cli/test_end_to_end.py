@@ -18,6 +18,8 @@ from typer.testing import Result
 from nanoengine import LLM
 from nanoengine.testing.checkpoints import tiny_llama
 
+pytestmark = pytest.mark.usefixtures("forked")
+
 Run = Callable[..., Result]
 
 SHARED = "a long beginning that several prompts have in common, "

@@ -27,6 +27,8 @@ from nanoengine.lab.cli.combinations import combinations, split_values
 from nanoengine.lab.cli.sweep_report import Outcome, plot, print_table, table_of
 from nanoengine.testing.checkpoints import tiny_llama
 
+pytestmark = pytest.mark.usefixtures("forked")
+
 Run = Callable[..., Result]
 CONFIG = "model: a/b\nprompts: [one, two words]\noutput: mine.jsonl\n"
 FAKE = (sys.executable, str(Path(__file__).with_name("fake_process.py")))

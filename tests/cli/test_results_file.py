@@ -31,6 +31,8 @@ from nanoengine.testing.checkpoints import tiny_llama
 
 from .conftest import FakeEngine
 
+pytestmark = pytest.mark.usefixtures("forked")
+
 Run = Callable[..., Result]
 Rows = Callable[[], list[dict[str, Any]]]
 OLD = '{"index": 0, "of": "the run before"}\n'

@@ -21,6 +21,8 @@ from nanoengine.cli.run import Batch
 from nanoengine.params.seeds import request_seed
 from nanoengine.testing.checkpoints import tiny_llama
 
+pytestmark = pytest.mark.usefixtures("forked")
+
 Run = Callable[..., Result]
 Rows = Callable[[], list[dict[str, Any]]]
 CONFIG = "model: a/b\nengine: {seed: 5}\nprompts: [one, two words, and three words]\noutput: results.jsonl\n"

@@ -20,6 +20,8 @@ from nanoengine.observe.trace import TraceFile
 from nanoengine.testing.checkpoints import tiny_llama
 from tests.engine.timeline import check, read
 
+pytestmark = pytest.mark.usefixtures("forked")
+
 Run = Callable[..., Result]
 
 SHARED = "a long beginning that several prompts have in common, "

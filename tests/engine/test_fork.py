@@ -12,6 +12,8 @@ import pytest
 from nanoengine.testing.mock_model import write_mock_checkpoint
 from tests.engine.support import VOCAB, greedy
 
+pytestmark = pytest.mark.usefixtures("forked")
+
 SCRIPT = """
 import os, sys
 from threading import Event, Thread

@@ -19,6 +19,8 @@ from nanoengine import EngineClosed
 from nanoengine.core.execution.executor import Call, InProcessExecutor, StepThread
 from nanoengine.core.step import StepPlan
 
+pytestmark = pytest.mark.usefixtures("forked")
+
 
 @pytest.fixture
 def thread() -> Iterator[StepThread]:

@@ -20,6 +20,8 @@ from nanoengine import LLM, SamplingParams
 from nanoengine.cli.app import app
 from nanoengine.testing.checkpoints import tiny_llama, tiny_qwen3
 
+pytestmark = pytest.mark.usefixtures("forked")
+
 
 def test_none_is_forgotten() -> None:
     tested = Path(__file__).read_text("utf-8")

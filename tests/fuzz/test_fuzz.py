@@ -12,6 +12,8 @@ import pytest
 from fuzz import harness
 from fuzz.__main__ import main
 
+pytestmark = pytest.mark.usefixtures("forked")
+
 SEED = int(os.environ.get("NANOENGINE_FUZZ_SEED") or 20_260_101)
 COUNT = int(os.environ.get("NANOENGINE_FUZZ_COUNT") or 300)
 

@@ -30,6 +30,8 @@ from nanoengine.setup.config.config import load_config
 from nanoengine.setup.plugins.sources import resolve_model, with_revision
 from nanoengine.setup.plugins.targets import TargetLoader
 
+pytestmark = pytest.mark.usefixtures("forked")
+
 FILES = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
          "chat_template.jinja", "nanoengine.json"}  # fmt: skip
 
@@ -65,7 +67,7 @@ def test_registered_targets_load_and_name_their_models() -> None:
         assert spec.models == ((source.model,) if hasattr(source, "model") else ())
 
 
-def test_sources_import_no_torch(tiny: Path, tmp_path: Path) -> None:
+def test_sources_import_no_torch(tiny: Path, tmp_path: Path, started: None) -> None:
     code = (
         "import sys; from pathlib import Path; from nanoengine.api import SourceContext\n"
         "from nanoengine.plugins.model_sources.gguf_file import GGUFFileSource\n"

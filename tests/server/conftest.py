@@ -1,4 +1,4 @@
-"""Servers are forked: without that, each takes nine seconds of imports."""
+"""Servers are forked; one that is started imports for nine CPU seconds, with its engine and one HTTP process."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ import pytest
 
 
 @pytest.fixture(scope="module", autouse=True)
-def programs(forked: None) -> None:
+def forked_servers(forked: None) -> None:
     pass

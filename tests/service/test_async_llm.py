@@ -32,6 +32,8 @@ from nanoengine.testing.byte_tokenizer import END, write_byte_tokenizer
 from nanoengine.testing.mock_model import MockAttention, write_mock_checkpoint
 from tests.engine.support import greedy, prompts
 
+pytestmark = pytest.mark.usefixtures("forked")
+
 VOCAB = 320
 OPTIONS: dict[str, Any] = {
     "attention": "mock",

@@ -25,6 +25,8 @@ from nanoengine.testing.mock_model import write_mock_checkpoint
 from tests.engine.support import VOCAB, greedy, prompts
 from tests.service.support import request, tokens, until, whole
 
+pytestmark = pytest.mark.usefixtures("forked")
+
 
 def source(tmp_path: Path, **options: Any) -> EngineSource:
     folder = write_mock_checkpoint(tmp_path / "mock", vocab_size=VOCAB, max_position_embeddings=4096)

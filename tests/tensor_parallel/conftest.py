@@ -34,6 +34,11 @@ def held() -> Counter[str]:
     return kinds
 
 
+@pytest.fixture(scope="module", autouse=True)
+def forked_ranks(forked: None) -> None:
+    """Ranks are forked; one that is started imports for four seconds."""
+
+
 @pytest.fixture(autouse=True)
 def nothing_left_behind() -> Iterator[None]:
     gc.collect()

@@ -189,7 +189,7 @@ def test_ctrl_c_while_a_step_runs_leaves_the_engine_usable(
         assert generate(wide, PROMPTS[:1], chain) == [chained(PROMPTS[0])]
 
 
-def test_many_starts_and_stops(tmp_path: Path) -> None:
+def test_many_starts_and_stops(tmp_path: Path, started: None) -> None:
     """Two that answer, after two that are given up at several moments of their start. The fixture looks at what is
     left; files of shared memory there are none at any time."""
     before, shm = children(), set(os.listdir("/dev/shm")) if os.path.isdir("/dev/shm") else set()

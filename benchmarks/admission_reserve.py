@@ -18,6 +18,7 @@ from schedule_cost import result_of
 
 from nanoengine.core.request import Request
 from nanoengine.core.scheduling.block_manager import BlockManager
+from nanoengine.core.scheduling.commit import publish_prompts
 from nanoengine.core.scheduling.messages import SchedulerConfig
 from nanoengine.core.scheduling.scheduler import Scheduler
 from nanoengine.params.resolver import ResolvedParams
@@ -67,6 +68,7 @@ def run(load: Load, reserve: int, caching: bool) -> Outcome:
     in_flight = deque()
     while scheduler.running or scheduler.waiting:
         while len(in_flight) < 2 and (step := scheduler.schedule()) is not None:
+            publish_prompts(step, scheduler.blocks)
             in_flight.append(step)
         scheduler.take_updates()
         step = in_flight.popleft()

@@ -22,6 +22,7 @@ import numpy as np
 from nanoengine.core.outputs import Report, RequestState
 from nanoengine.core.request import Request
 from nanoengine.core.scheduling.block_manager import BlockManager
+from nanoengine.core.scheduling.commit import publish_prompts
 from nanoengine.core.scheduling.messages import ScheduledStep, SchedulerConfig, Update
 from nanoengine.core.scheduling.scheduler import Scheduler
 from nanoengine.core.step import LogprobRows, StepResult, f32, i32
@@ -95,6 +96,8 @@ def measure(
             added += 1
         start = time.thread_time_ns()
         step = scheduler.schedule()
+        if step is not None:
+            publish_prompts(step, scheduler.blocks)
         schedule_ns += (time.thread_time_ns() - start) * (i >= warm)
         if step is not None:
             in_flight.append((step, result_of(step, logprobs)))
@@ -158,7 +161,7 @@ def measure_outputs(streams: int, lengths: Sequence[int], around: int = 40) -> d
             updates = updates_of(requests, tokens)
             start = time.thread_time_ns()
             outcome = []
-            for delta in Report.of(updates, known).deltas:
+            for _, delta in Report.of(updates, known).news:
                 clients[delta.request_id].take(delta)
                 outcome.append(clients[delta.request_id].output())
             made.append(time.thread_time_ns() - start)

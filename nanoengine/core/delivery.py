@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from nanoengine.api.deltas import RequestDelta
 from nanoengine.api.errors import ParamsError, RequestError, described, is_failure
-from nanoengine.core.outputs import ALL, RequestState
+from nanoengine.core.outputs import ALL, News, RequestState
 from nanoengine.core.request import Request
 from nanoengine.core.scheduling.messages import ScheduledStep
 from nanoengine.core.scheduling.scheduler import Scheduler
@@ -34,7 +34,7 @@ class OpenRequests:
     Attributes:
         known: by id.
         inbox: requests with what the step loop is to do: START it, abort ALL of it, or its sample of this index.
-        ready: deltas of requests without a sink. undelivered: deltas with their requests, and step records.
+        ready: deltas of requests without a sink. undelivered: deltas with their requests, and step records with None.
         entry_lock: while it is held, no other thread adds a request; `abort` does not wait for it.
     """
 
@@ -45,7 +45,7 @@ class OpenRequests:
         self.known: dict[str, RequestState] = {}
         self.inbox: deque[tuple[RequestState, int]] = deque()
         self.ready: list[RequestDelta] = []
-        self.undelivered: deque[tuple[Delivery, RequestState | None]] = deque()
+        self.undelivered: deque[tuple[RequestState | None, Any]] = deque()
         self._interrupted: object = None  # the entry of `undelivered` whose client an interrupt came into
         self._num_added = 0
         # Re-entrant, and taken in this order. A stream may be collected, and so abort, while they are held.
@@ -101,14 +101,14 @@ class OpenRequests:
         self.known.clear()
         self.preparations.close()
 
-    def publish(self, deltas: Sequence[RequestDelta]) -> None:
+    def publish(self, news: Sequence[News]) -> None:
         """Queue deltas for their clients. With its last delta a request ends, and its id is free."""
-        for delta in deltas:
-            state = self.known[delta.request_id]
+        for each in news:
+            state, delta = each
             if state.sink is None:
                 self.ready.append(delta)
             else:
-                self.undelivered.append(((state.sink, delta), state))
+                self.undelivered.append(each)
             if delta.finished:  # an interrupt before this costs a second last delta, not the only one
                 with self._lock:
                     del self.known[delta.request_id]
@@ -116,7 +116,7 @@ class OpenRequests:
                     state.task.cancel()
 
     def put_records(self, records: Sequence[Delivery]) -> None:
-        self.undelivered += [(record, None) for record in records]
+        self.undelivered += [(None, record) for record in records]
 
     def take_ready(self) -> list[RequestDelta]:
         ready, self.ready = self.ready, []
@@ -132,11 +132,12 @@ class OpenRequests:
         undelivered = self.undelivered
         while undelivered:
             entry = undelivered[0]
-            (client, news), state = entry
+            state, news = entry
+            client: Any
+            client, news = news if state is None else (state.sink, news)
             try:
                 undelivered.popleft()
-                if state is None or state.sink is client:  # else it raised over a delta before this one
-                    client(news)
+                client(news)  # of a request: nothing, if it raised over a delta before this one
             except BaseException as error:
                 if not is_failure(error):
                     if entry is not self._interrupted and entry is not next(iter(undelivered), None):

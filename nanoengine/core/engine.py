@@ -34,6 +34,7 @@ from nanoengine.core.execution.executor import Executor
 from nanoengine.core.execution.results import NotLaunched, StepHandle, wait_out
 from nanoengine.core.host_states import LastAsked, supplied_columns
 from nanoengine.core.outputs import ALL, Report, RequestState, Sink
+from nanoengine.core.scheduling.commit import publish_prompts
 from nanoengine.core.scheduling.messages import ScheduledStep, Update
 from nanoengine.core.scheduling.scheduler import Scheduler
 from nanoengine.params.generated import Generated
@@ -162,13 +163,13 @@ class Engine:
                 self._mid_update = False
                 break
             launching = time.monotonic()
-            handle = self._launched(partial(self._executor.launch, step.plan))
-            self._in_flight.append(InFlight(step, handle))
+            self._in_flight.append(InFlight(step, self._launched(partial(self._executor.launch, step.plan))))
             if self._watch is not None:
                 self._watch.launched(step, self.scheduler, scheduling, launching)
+            publish_prompts(step, self.scheduler.blocks)
             self._mid_update = False
-            for request, _ in step.rows if step.admitted else ():
-                state = self._requests.known.get(request.parent)
+            for admission in step.admitted:
+                state = self._requests.known.get(admission.request.rpartition("/")[0])
                 if state is not None and state.first_scheduled is None:  # None: a sibling's processor just failed it
                     state.first_scheduled = launching
 
@@ -223,7 +224,7 @@ class Engine:
             self._asked = LastAsked()  # the states of a request go with it
             if self._watch is not None:
                 self._watch.ended(request, reason)
-        self._requests.publish(report.deltas)
+        self._requests.publish(report.news)
         for request_id, error in report.failed.items():
             self._end_request(self._requests.known[request_id], error)
 
@@ -241,7 +242,7 @@ class Engine:
                 self.scheduler.abort(request)
             if self._watch is not None:
                 self._watch.ended(request, error.code if error is not None else "abort" if which == ALL else "stop")
-        self._requests.publish(state.last_deltas(error, which))
+        self._requests.publish([(state, delta) for delta in state.last_deltas(error, which)])
 
     def _broken(self, error: BaseException) -> None:
         """The oldest step raised, and those behind it break with it: they read tokens that it did not write.
@@ -249,8 +250,7 @@ class Engine:
         Their requests run again, in smaller steps or one by one. One that raises alone fails alone.
         """
         wait_out([each.handle for each in self._in_flight][1:])
-        self._mid_update = True
-        steps = [each.step for each in self._in_flight]
+        steps, self._mid_update = [each.step for each in self._in_flight], True
         self._in_flight.clear()
         short = is_out_of_memory(error)
         failed = self.scheduler.withdraw(steps) if short else self.scheduler.fail(steps)

@@ -127,15 +127,16 @@ class RequestState:
         return [self.delta(left, error=error)] if left or which == ALL else []
 
 
+News = tuple[RequestState, RequestDelta]
 _Several = dict[str, tuple[RequestState, list[SampleDelta], list[LogprobRows]]]
 
 
 @dataclass(slots=True)
 class Report:
-    """What a step's updates mean for clients. deltas: those that are due, one a request. ended: samples, and why.
+    """What a step's updates mean for clients. news: the deltas that are due, one a request. ended: samples, and why.
     failed: request id -> error."""
 
-    deltas: list[RequestDelta] = field(default_factory=list)
+    news: list[News] = field(default_factory=list)
     ended: list[tuple[Request, FinishReason]] = field(default_factory=list)
     failed: dict[str, RequestError] = field(default_factory=dict)
 
@@ -162,9 +163,9 @@ class Report:
             samples, cached = (_new(SampleDelta, (0, new, None, None, None)),), request.num_cached or 0
             computed, begun = request.prompt_done, state.first_scheduled
             fields = (request.parent, samples, False, None, cached, computed, request.seed, begun, None, None)
-            report.deltas.append(_new(RequestDelta, fields))
+            report.news.append((state, _new(RequestDelta, fields)))
         for state, each, prompts in several.values():
-            report.deltas.append(state.delta(tuple(each), prompts[0] if prompts else None))
+            report.news.append((state, state.delta(tuple(each), prompts[0] if prompts else None)))
         return report
 
     def _add(self, state: RequestState, update: Update, several: _Several) -> None:
@@ -182,7 +183,7 @@ class Report:
         if not due and prompt is None:
             return
         if len(state.samples) == 1:
-            self.deltas.append(state.delta(made, prompt, pooled))
+            self.news.append((state, state.delta(made, prompt, pooled)))
         else:
             _, samples, prompts = several.setdefault(request.parent, (state, [], []))
             samples += made

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -49,10 +50,15 @@ class TableBuffer:
 
     def write(self, key: Key, index: npt.NDArray[np.int64], values: npt.NDArray[Any]) -> None:
         """table.flatten()[index] = values, converted to the table's dtype."""
-        values = np.ascontiguousarray(values, dtype=self._dtypes[key])
-        if values.itemsize == 8:
+        self.write_each((key,), index, (values,))
+
+    def write_each(self, keys: Sequence[Key], index: npt.NDArray[np.int64], values: Sequence[npt.NDArray[Any]]) -> None:
+        """The same for several tables of one dtype, at the same places: values of each of them."""
+        given = np.array(values, dtype=self._dtypes[keys[0]])
+        if given.itemsize == 8:
             index = (2 * index[:, None] + np.arange(2)).ravel()
-        self.pending.append((self.first[key] + index, values.view(np.int32)))
+        words = np.array([self.first[key] for key in keys])[:, None] + index
+        self.pending.append((words.ravel(), given.view(np.int32).ravel()))
 
     def will_overlap(self) -> None:
         """Pending writes, and those up to the next `clear_pending`, may go to the same places: the last one counts."""
@@ -66,7 +72,9 @@ class TableBuffer:
         if self._overlap:
             words, last = np.unique(words[::-1], return_index=True)
             values = values[::-1][last]
-        return np.stack((words, values), dtype=np.int32, casting="unsafe")
+        out = np.empty((2, len(words)), dtype=np.int32)
+        out[0], out[1] = words, values
+        return out
 
     def clear_pending(self) -> None:
         """The pending writes have taken effect, or will before whatever is launched from here on."""

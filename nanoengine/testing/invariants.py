@@ -81,5 +81,4 @@ def check_pool(pool: Pool, tables: Sequence[Sequence[int]]) -> None:
     uids = [entry.uid if entry else 0 for entry in pool.entries]
     assert uids == pool.uids.tolist(), "uids are not those of the entries"
     assert pool.live == {uid for uid in uids if uid}, "live uids are not those of the entries"
-    assert pool.unowned.tolist() == [count == 0 for count in refs], "owned and unowned blocks are mixed up"
     assert not any(pool.entries[block] for block in pool.barred), "a barred block is in the index"

@@ -32,7 +32,7 @@ class Requests(OpenRequests):
         if name not in self.known:
             self.start(name, sink)
         output: Any = SimpleNamespace(request_id=name, finished=finished)
-        self.publish([output])
+        self.publish([(self.known[name], output)])
 
 
 @pytest.fixture
@@ -216,7 +216,8 @@ def test_ctrl_c_at_any_line_of_publish_loses_no_output() -> None:
 
     for _ in interrupts(work, OpenRequests.publish):
         requests, got = made[-1]
-        requests.publish([SimpleNamespace(request_id=name, finished=True) for name in [*requests.known]])
+        known: Any = requests.known.items()
+        requests.publish([(state, SimpleNamespace(request_id=name, finished=True)) for name, state in known])
         requests.deliver()
         assert got in (["a"], ["a", "a"])
         assert not requests.known

@@ -53,9 +53,8 @@ def run_largest(llm: LLM, *, draws: bool, max_logprobs: int = 20, drafts: int = 
     tables = its.tables
     assert int(tables.num_tokens.abs().sum()) == int(tables.num_computed.abs().sum()) == 0
     assert (tables.host_num_logprobs == -1).all()
-    assert tables.host_greedy.all()
     assert bool(tables.greedy.all())
-    assert not any(wants.any() for wants in tables.host_wants.values())
+    assert not tables.host_asks.any()
     assert not tables.vocab_history.tables
     return sizes
 

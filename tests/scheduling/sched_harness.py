@@ -19,6 +19,7 @@ from nanoengine.core.host_states import LastAsked, supplied_columns
 from nanoengine.core.request import Request, Status
 from nanoengine.core.scheduling import scheduler as scheduler_module
 from nanoengine.core.scheduling.block_manager import BlockManager, Pool
+from nanoengine.core.scheduling.commit import publish_prompts
 from nanoengine.core.scheduling.draft import Draft
 from nanoengine.core.scheduling.messages import ScheduledStep, SchedulerConfig, Update
 from nanoengine.core.scheduling.scheduler import Scheduler
@@ -230,6 +231,8 @@ class Loop:
     def launch(self) -> ScheduledStep | None:
         step = self.scheduler.schedule()
         self.book(self.scheduler.take_updates())
+        if step is not None:
+            publish_prompts(step, self.blocks)
         self.check()
         if step is not None:
             assert 0 < step.plan.num_tokens <= self.config.max_num_batched_tokens, "the budget is broken"

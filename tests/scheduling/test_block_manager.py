@@ -12,7 +12,7 @@ from sched_harness import Loop, prompt_of
 
 from nanoengine.core.request import Request
 from nanoengine.core.scheduling.block_manager import BlockManager, Pool
-from nanoengine.testing.invariants import check_blocks
+from nanoengine.testing.invariants import check_blocks, check_pool
 
 
 def owner(loop_or_none: Loop | None, prompt: list[int], **kwargs) -> Request:
@@ -40,27 +40,38 @@ def pass_through(blocks: BlockManager, prompt: list[int]) -> int:
 
 @given(st.lists(st.integers(0, 30), max_size=60))
 def test_pool_against_a_plain_list(picks):
-    """take, give_back and share against a list that does the same in O(n)."""
-    pool, model, owned = Pool(9), list(range(1, 9)), []
-    for pick in picks:
-        if pick % 3 and model:
-            owned.append(pool.take())
-            assert owned[-1] == model.pop(0)
-        elif pick % 2 and model:
-            block = model.pop(pick % len(model))
-            pool.share(block)
-            owned.append(block)
+    """take, publish, share, forget and give_back against a list that does the same in O(n)."""
+    pool, model, owned = Pool(9), list(range(1, 9)), []  # owned: (blocks, given back together)
+    for uid, pick in enumerate(picks, 1):
+        if pick % 4 and model:
+            count = 1 + pick % min(3, len(model))
+            owned.append(pool.take(count))
+            assert owned[-1] == model[:count]
+            del model[:count]
+        elif pick % 8 == 0 and owned:
+            block = owned[pick % len(owned)][0]
+            if pool.entries[block] is None:
+                pool.publish(block, b"%d" % uid, b"", b"", uid)
+        elif pick % 16 == 4 and pool.index:
+            block = list(pool.index.values())[pick % len(pool.index)]
+            model = [each for each in model if each != block]
+            pool.share([block])
+            owned.append([block])
+        elif pick % 16 == 12 and pool.index:
+            block = list(pool.index.values())[pick % len(pool.index)]
+            pool.forget(block)
         elif owned:
-            block = owned.pop(pick % len(owned))
-            pool.give_back(block)
-            if block not in owned:
-                model.insert(0, block)  # it was never published
+            blocks = owned.pop(pick % len(owned))
+            pool.give_back(blocks)
+            for block in (block for block in blocks if not any(block in each for each in owned)):
+                model.insert(len(model) if pool.entries[block] else 0, block)
         walk, at = [], pool.next[0]
         while at:
             walk.append(at)
             at = pool.next[at]
         assert walk == model
         assert pool.num_free == len(model)
+        check_pool(pool, owned)
 
 
 def test_the_head_of_a_prefix_lives_longest():

@@ -41,21 +41,20 @@ def freed_too_early(patch: pytest.MonkeyPatch) -> None:
     """A shared block counts one owner only."""
     share = Pool.share
 
-    def broken(pool, block):
-        if pool.refs[block] == 0:
-            share(pool, block)
+    def broken(pool, blocks):
+        share(pool, [block for block in blocks if pool.refs[block] == 0])
 
     patch.setattr(Pool, "share", broken)
     patch.setattr(Pool, "give_back", _give_back_leniently)
 
 
-def _give_back_leniently(pool: Pool, block: int) -> None:
-    if pool.refs[block]:
-        pool.refs[block] -= 1
-        pool.num_shared -= pool.refs[block] == 1
-        if pool.refs[block] == 0:
-            pool.num_cached += pool.entries[block] is not None
-            pool._link_after(pool.prev[0] if pool.entries[block] else 0, block)
+_give_back = Pool.give_back
+
+
+def _give_back_leniently(pool: Pool, blocks: list[int]) -> None:
+    for block in blocks:
+        if pool.refs[block]:
+            _give_back(pool, [block])
 
 
 def freed_while_running(patch: pytest.MonkeyPatch) -> None:
@@ -65,7 +64,7 @@ def freed_while_running(patch: pytest.MonkeyPatch) -> None:
     def broken(blocks, request, num_tokens):
         done = grow(blocks, request, num_tokens)
         if done and len(request.block_ids[0]) == 3:
-            blocks._pools[0].give_back(request.block_ids[0][0])
+            blocks._pools[0].give_back(request.block_ids[0][:1])
         return done
 
     patch.setattr(BlockManager, "grow", broken)
@@ -303,9 +302,10 @@ def shared_for_ever(patch: pytest.MonkeyPatch) -> None:
     """A block that one request is left to own still counts as shared."""
     give_back = Pool.give_back
 
-    def broken(pool, block):
-        pool.num_shared += pool.refs[block] == 2
-        give_back(pool, block)
+    def broken(pool, blocks):
+        blocks = list(blocks)
+        pool.num_shared += [pool.refs[block] for block in blocks].count(2)
+        give_back(pool, blocks)
 
     patch.setattr(Pool, "give_back", broken)
 
@@ -314,11 +314,11 @@ def cached_for_ever(patch: pytest.MonkeyPatch) -> None:
     """A cached block that is reused still counts as cached."""
     take = Pool.take
 
-    def broken(pool):
+    def broken(pool, count):
         before = pool.num_cached
-        block = take(pool)
+        taken = take(pool, count)
         pool.num_cached = before
-        return block
+        return taken
 
     patch.setattr(Pool, "take", broken)
 
@@ -453,7 +453,12 @@ def test_unverified_index_gives_wrong_tokens(monkeypatch):
         blocks = np.array([pool.index[key] for key in takewhile(pool.index.__contains__, keys)], dtype=np.int64)
         return Run(blocks, pool.uids[blocks])
 
-    monkeypatch.setattr(Pool, "find", lambda pool, key, parent, tokens: pool.index.get(key))
+    def publish(pool, block, key, parent, tokens, uid):
+        taken = pool.index.get(key)
+        return original(pool, block, key, parent, tokens, uid) if taken is None else pool.entries[taken].uid
+
+    original = Pool.publish
+    monkeypatch.setattr(Pool, "publish", publish)
     monkeypatch.setattr(Pool, "follow", follow)
     with pytest.raises(AssertionError, match="wrong tokens"):
         runs(SEEDS, check=False, hash_fn=lambda data: b"same")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -23,7 +22,7 @@ from nanoengine.api.processor_params import StandardOp
 from nanoengine.api.processors import Need
 from nanoengine.core.execution.results import Drawn, LaunchedStep, PendingLogprobs
 from nanoengine.core.execution.sampler import DrawPlan, DrawRows, Sampler
-from nanoengine.core.execution.slots import SlotTables, overridden, ragged_places
+from nanoengine.core.execution.slots import LOGPROBS, MIN_TOKENS, RANDOM, SlotTables, overridden, ragged_places
 from nanoengine.core.execution.step_inputs import GatheredStep, StepBuffers, StepRows, StepSize
 from nanoengine.core.step import (
     POOL_ALL,
@@ -145,31 +144,27 @@ class FinishStep:
         self.model, self.tables, self.sampler, self.tp = model, tables, sampler, tp
         self.drafter = drafter
         self.vocab_size = tables.limits.vocab_size
-        self._chosen: tuple[Any, DrawPlan] | None = None
+        self._chosen: dict[tuple[bytes, bytes], DrawPlan] = {}  # by what is asked of some draw, and of a random one
 
     def choose(self, plan: StepPlan, supplied: Sequence[SuppliedColumn] = ()) -> DrawPlan:
-        """How the plan's tokens are drawn: as last time, if its rows are the same and ask for the same. supplied: as
-        `of_draws` gives it.
+        """How the plan's tokens are drawn: as when rows asked for the same before. supplied: as `of_draws` gives it.
 
         A captured tail does not count what it draws (`VocabHistory`): none of its rows has a processor that reads
         counts, and they are made again when another request enters the slot.
         """
-        tables, slots = self.tables, plan.slots[plan.logits_rows[plan.sampled]]
-        key = tables.changes, slots.tobytes(), [(c.processor, c.column, c.draws.tobytes()) for c in supplied]
-        if self._chosen is not None and self._chosen[0] == key:
-            return self._chosen[1]
-        random = ~tables.host_greedy[slots]
-        wants = {name: of_slots[slots] for name, of_slots in tables.host_wants.items() if of_slots.any()}
+        tables = self.tables
+        asks = tables.host_asks[plan.slots[plan.logits_rows[plan.sampled]]]
         for column in supplied:
-            wants.setdefault(column.processor, np.zeros(len(slots), np.bool_))[column.draws] = True
-            random[column.draws] |= tables.specs[column.processor, column.column].op is StandardOp.TEMPERATURE
-        how = self.sampler.choose(
-            {name: bool((rows & random).any()) for name, rows in wants.items() if rows.any()},
-            random=bool(random.any()),
-            min_tokens=bool(tables.host_min_tokens[slots].any()),
-            logprobs=bool((tables.host_num_logprobs[slots] >= 0).any()),
-        )
-        self._chosen = key, how
+            asks[column.draws, tables.asks_of[column.processor]] = True
+            asks[column.draws, RANDOM] |= tables.specs[column.processor, column.column].op is StandardOp.TEMPERATURE
+        some, random = np.logical_or.reduce(asks), np.logical_or.reduce(asks[asks[:, RANDOM]])
+        key = some.tobytes(), random.tobytes()
+        how = self._chosen.get(key)
+        if how is None:
+            wanted = {name: bool(random[place]) for name, place in tables.asks_of.items() if some[place]}
+            flags = {"random": RANDOM, "min_tokens": MIN_TOKENS, "logprobs": LOGPROBS}
+            how = self.sampler.choose(wanted, **{name: bool(some[place]) for name, place in flags.items()})
+            self._chosen[key] = how
         return how
 
     def eager(self, step: Forwarded, how: DrawPlan, supplied: Sequence[SuppliedColumn] = ()) -> LaunchedStep:

@@ -28,6 +28,7 @@ from nanoengine.kernels.table_buffer import Key, Shapes, TableBuffer
 from nanoengine.params.engine_plan import ProcessorPlan
 
 MIN_RAGGED_WIDTH = 8
+RANDOM, MIN_TOKENS, LOGPROBS = range(3)  # columns of `SlotTables.host_asks`
 _PER_SLOT = ("num_tokens", "num_computed", "prompt_lens", "min_lens", "seeds", "sample_index")  # int64 [slots]
 
 
@@ -193,8 +194,9 @@ class SlotTables:
             count: the host's are upper bounds.
         prompt_lens, min_lens, seeds, sample_index: int64 [slots]. greedy: int32 [slots], 0 or 1.
         specs: of each (processor, column).
-        host_greedy, host_min_tokens: bool [slots]. host_num_logprobs: int32 [slots], -1: none. host_wants: processor ->
-            bool [slots]; False: its columns hold their defaults. changes: how often one of these four has changed.
+        host_num_logprobs: int32 [slots], -1: none. host_asks: bool [slots, 3 + P]; what the draws of a slot ask for:
+            `RANDOM` (it is not greedy), `MIN_TOKENS`, `LOGPROBS`, and each processor at its place in `asks_of`, whose
+            columns else hold their defaults.
     """
 
     def __init__(
@@ -212,11 +214,9 @@ class SlotTables:
         self._make_tables(n)
         self.stop_ids = RaggedTable(n, ColumnSpec(dtype="int64", ragged=True), device)
         self.vocab_history = VocabHistory(n, limits.vocab_size, device)
-        self.changes = 0
-        self.host_greedy = np.ones(n, dtype=np.bool_)
         self.host_num_logprobs = np.full(n, -1, dtype=np.int32)
-        self.host_min_tokens = np.zeros(n, dtype=np.bool_)
-        self.host_wants = {processor.name: np.zeros(n, dtype=np.bool_) for processor in processors}
+        self.asks_of = {processor.name: place for place, processor in enumerate(processors, LOGPROBS + 1)}
+        self.host_asks = np.zeros((n, LOGPROBS + 1 + len(processors)), dtype=np.bool_)
 
     def _make_tables(self, n: int) -> None:
         width, groups, blocks = self.limits.max_model_len + 1, self.limits.num_groups, self.limits.max_blocks
@@ -261,7 +261,6 @@ class SlotTables:
         """What the plan brings: new slots, their columns, and blocks that are appended."""
         if self.buffer.pending:  # of a launch that failed before they were sent
             self.buffer.will_overlap()
-        self.changes += len(plan.new.slots) + len(plan.columns)
         if len(plan.new.slots):
             self._admit(plan.new)
         for column in plan.columns:
@@ -280,30 +279,27 @@ class SlotTables:
     def _admit(self, new: NewSlots) -> None:
         """All that a new slot's row holds is written, so that nothing of its last owner stays."""
         slots, counts = new.slots.astype(np.int64), np.diff(new.token_offsets)
-        lengths: list[npt.NDArray[Any]] = [
-            counts, new.num_computed, new.prompt_lens, new.min_lens, new.seeds, new.sample_index
-        ]  # fmt: skip
-        for name, values in zip(_PER_SLOT, lengths, strict=True):
-            self.buffer.write(name, slots, values)
+        lengths = counts, new.num_computed, new.prompt_lens, new.min_lens, new.seeds, new.sample_index
+        self.buffer.write_each(_PER_SLOT, slots, lengths)
         self.buffer.write("greedy", slots, new.greedy)
         rows, columns = ragged_places(new.token_offsets)
         self.buffer.write("token_ids", slots[rows] * self.token_ids.shape[1] + columns, new.token_ids)
         min_tokens = new.min_lens > new.prompt_lens
         if min_tokens.any():  # no other slot's stop set is read
             self.stop_ids.write(slots, new.stop_ids, new.stop_offsets)
+        stale = np.logical_or.reduce(self.host_asks[slots])
         for processor, tables in self.columns.items():
-            if self.host_wants[processor][slots].any():  # else they hold their defaults
+            if stale[self.asks_of[processor]]:  # else they hold their defaults
                 self.buffer.will_overlap()
                 for table in tables.values():
                     table.reset(slots)
-        self.host_greedy[slots], self.host_num_logprobs[slots] = new.greedy, new.num_logprobs
-        self.host_min_tokens[slots] = min_tokens
-        for wants in self.host_wants.values():
-            wants[slots] = False
+        asks = np.zeros((len(slots), len(stale)), dtype=np.bool_)
+        asks[:, RANDOM], asks[:, MIN_TOKENS], asks[:, LOGPROBS] = ~new.greedy, min_tokens, new.num_logprobs >= 0
+        self.host_asks[slots], self.host_num_logprobs[slots] = asks, new.num_logprobs
         self.vocab_history.enter(new)
 
     def _set_column(self, column: ProcessorColumn) -> None:
-        self.host_wants[column.processor][column.slots] = True  # first: False means that it holds defaults
+        self.host_asks[column.slots, self.asks_of[column.processor]] = True  # first: False means defaults
         table = self.columns[column.processor][column.column]
         assert not isinstance(table, MaskTable), "a mask is supplied, not packed"
         table.write(column.slots.astype(np.int64), column.values, column.offsets)

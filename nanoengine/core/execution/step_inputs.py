@@ -73,34 +73,33 @@ def pad(plan: StepPlan, size: StepSize, dummy_slot: int) -> tuple[StepPlan, Int6
     behind its prefill rows; logits of each row's last token, or of all tokens, those behind the last row too. With it
     int64 [L]: which of these logits are the plan's own."""
     decode, own = plan.num_decode_rows, plan.logits_rows.astype(np.int64)
-    more_decode, more_prefill = size.decode_rows - decode, size.rows - size.decode_rows - (plan.num_rows - decode)
+    more_decode, drafts = size.decode_rows - decode, size.query_len > 1
     if not more_decode and size.plain:
         return plan, own
-    drafts = size.query_len > 1
 
-    def spread(values: Int32, of_decode: int = 0, of_prefill: int = 0) -> Int32:
-        middle, end = np.full(more_decode, of_decode, np.int32), np.full(more_prefill, of_prefill, np.int32)
-        return np.concatenate((values[:decode], middle, values[decode:], end))
+    def spread(values: Int32, fill: int = 0) -> Int32:
+        out = np.full(size.rows, fill, np.int32)
+        out[:decode], out[size.decode_rows : plan.num_rows + more_decode] = values[:decode], values[decode:]
+        return out
 
-    lens = spread(plan.query_lens, of_decode=not drafts)
+    lens = spread(plan.query_lens)
+    lens[decode : size.decode_rows] = not drafts
     if drafts:
         own, index = plan.logits_index.astype(np.int64), np.arange(size.tokens, dtype=np.int32)
         rows = np.pad(plan.logits_rows, (0, size.tokens - len(own)))
     else:
         own[own >= decode] += more_decode
         index, rows = np.maximum(np.cumsum(lens, dtype=np.int32) - 1, 0), np.arange(size.rows, dtype=np.int32)
-    sampled = np.zeros(size.logits, np.bool_)
-    sampled[own] = True
     padded = replace(
         plan,
-        slots=spread(plan.slots, dummy_slot, dummy_slot),
+        slots=spread(plan.slots, dummy_slot),
         query_lens=lens,
         starts=spread(plan.starts),
         drafts=spread(plan.drafts) if drafts else plan.drafts,
         num_decode_rows=size.decode_rows,
         logits_index=index,
         logits_rows=rows,
-        sampled=sampled,
+        sampled=np.bincount(own, minlength=size.logits) > 0,
     )
     return padded, own
 

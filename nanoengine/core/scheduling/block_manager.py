@@ -17,10 +17,11 @@ import xxhash
 
 from nanoengine.api.errors import ConfigError
 from nanoengine.core.request import Request
-from nanoengine.core.step import Bool, Int64
+from nanoengine.core.step import Int64
 
 Hits = list[Int64]  # [group][block], all groups of one length
 _TOKEN_BYTES = array("i").itemsize
+_new = tuple.__new__  # quicker than the constructor of a named tuple; it takes all fields, in their order
 
 
 class Published(NamedTuple):
@@ -146,15 +147,14 @@ class BlockManager:
         """Makes the hits the request's first blocks, if there is room for all its `num_tokens` and for `reserve` blocks
         more; else takes nothing."""
         assert not request.block_ids, f"request {request.id} owns blocks already"
-        missing = self.blocks_for(num_tokens) - len(hits[0])
-        for pool, run in zip(self._pools, hits, strict=True):
-            unowned = int(np.count_nonzero(pool.unowned[run])) if len(run) else 0
+        missing, tables = self.blocks_for(num_tokens) - len(hits[0]), [run.tolist() for run in hits]
+        for pool, table in zip(self._pools, tables, strict=True):
+            unowned = [pool.refs[block] for block in table].count(0)
             if missing + unowned + reserve > pool.num_free:
                 return False
-        request.block_ids, request.found = [run.tolist() for run in hits], []
-        for pool, table in zip(self._pools, request.block_ids, strict=True):
-            for block in table:
-                pool.share(block)
+        request.block_ids, request.found = tables, []
+        for pool, table in zip(self._pools, tables, strict=True):
+            pool.share(table)
         request.capacity = len(hits[0]) * self.block_size
         if self.enable_prefix_caching:
             request.publish_at = request.capacity + self.block_size
@@ -173,16 +173,14 @@ class BlockManager:
             if missing > pool.num_free:
                 return False
         for pool, table in zip(self._pools, request.block_ids, strict=True):
-            for _ in range(missing):
-                table.append(pool.take())
+            table += pool.take(missing)
         request.capacity += missing * self.block_size
         return True
 
     def release(self, request: Request) -> None:
         """Gives all its blocks back, the tail first, so that the head of a prefix lives longest."""
         for pool, table in zip(self._pools, request.block_ids, strict=False):
-            for block in reversed(table):
-                pool.give_back(block)
+            pool.give_back(reversed(table))
         request.block_ids, request.chain = [], []
         request.capacity, request.publish_at = 0, sys.maxsize
 
@@ -203,30 +201,18 @@ class BlockManager:
                 hashes.append(self._hash((hashes[-1] if i else b"") + tokens + request.cache_key))
             request.publish_at += self.block_size
             for group, pool in enumerate(self._pools):
-                if i and request.chain[group] not in pool.live:
+                block, parent, uid = request.block_ids[group][i], request.chain[group], next(self._uids)
+                if i and parent not in pool.live:
                     self.publish_again(request)
                     break
-                if not self._publish_block(request, group, i, tokens, out):
+                found = pool.publish(block, hashes[i], parent, tokens, uid)
+                if found is None:
                     request.publish_at = sys.maxsize
+                    continue
+                request.chain[group] = found
+                if found == uid:
+                    out.append(_new(Published, (group, block, uid)))
         return out
-
-    def _publish_block(self, request: Request, group: int, i: int, tokens: bytes, out: list[Published]) -> bool:
-        """False: the request publishes no more."""
-        pool, key, parent = self._pools[group], request.block_hashes[i], request.chain[group]
-        equal = pool.find(key, parent, tokens)
-        if equal is not None:
-            request.chain[group] = int(pool.uids[equal])
-            return True
-        block, taken = request.block_ids[group][i], pool.index.get(key)
-        if block in pool.barred or (taken is not None and pool.reaches(taken)):
-            return False
-        if taken is not None:
-            pool.forget(taken)
-        uid = next(self._uids)
-        pool.enter(block, Entry(key, parent, tokens, uid))
-        request.chain[group] = uid
-        out.append(Published(group, block, uid))
-        return True
 
     def publish_again(self, request: Request) -> None:
         """The next `publish` begins with the request's first block."""
@@ -291,10 +277,10 @@ NO_RUN = Run(np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64))
 
 
 class Pool:
-    """One group's blocks: an intrusive doubly linked free list, reference counts, the index. O(1) each.
+    """One group's blocks: an intrusive doubly linked free list, reference counts, the index. O(1) a block.
 
     Attributes:
-        uids: int64, by block: of its entry; 0: none. unowned: bool, by block: its reference count is 0.
+        uids: int64, by block: of its entry; 0: none.
         live: the uids that are in the index. barred: blocks that may hold what is wrong, until they are taken anew.
 
     A block's number is its row in the device's cache; block 0 is the dummy block, never handed out, and serves the free
@@ -312,61 +298,72 @@ class Pool:
         self.entries: list[Entry | None] = [None] * num_blocks
         self.index: dict[bytes, int] = {}
         self.uids: Int64 = np.zeros(num_blocks, dtype=np.int64)
-        self.unowned: Bool = np.ones(num_blocks, dtype=np.bool_)
         self.live: set[int] = set()
         self.barred: set[int] = set()
 
-    def _unlink(self, block: int) -> None:
-        before, after = self.prev[block], self.next[block]
-        self.next[before], self.prev[after] = after, before
-        self.num_free -= 1
+    def take(self, count: int) -> list[int]:
+        """The least recently used free blocks, which leave the index."""
+        assert count <= self.num_free, f"take() of {count} blocks from a pool with {self.num_free}"
+        taken, after = list[int](), self.next[0]
+        for _ in range(count):
+            self.forget(after)
+            self.refs[after] = 1
+            taken.append(after)
+            after = self.next[after]
+        self.next[0], self.prev[after] = after, 0
+        self.num_free -= count
+        self.barred.difference_update(taken)
+        return taken
 
-    def _link_after(self, before: int, block: int) -> None:
-        after = self.next[before]
-        self.next[before] = self.prev[after] = block
-        self.prev[block], self.next[block] = before, after
-        self.num_free += 1
+    def share(self, blocks: Iterable[int]) -> None:
+        """One more owner of blocks that the index gave."""
+        for block in blocks:
+            self.refs[block] += 1
+            if self.refs[block] == 1:
+                before, after = self.prev[block], self.next[block]
+                self.next[before], self.prev[after] = after, before
+                self.num_free -= 1
+                self.num_cached -= self.entries[block] is not None
+            elif self.refs[block] == 2:
+                self.num_shared += 1
 
-    def take(self) -> int:
-        """The least recently used free block, which leaves the index."""
-        block = self.next[0]
-        assert block, "take() from an empty pool"
-        self._unlink(block)
-        if self.entries[block] is not None:
-            self.forget(block)
-        self.barred.discard(block)
-        self.refs[block], self.unowned[block] = 1, False
-        return block
-
-    def share(self, block: int) -> None:
-        """One more owner of a block that the index gave."""
-        if self.refs[block] == 0:
-            self._unlink(block)
-            self.num_cached -= self.entries[block] is not None
-            self.unowned[block] = False
-        elif self.refs[block] == 1:
-            self.num_shared += 1
-        self.refs[block] += 1
-
-    def give_back(self, block: int) -> None:
+    def give_back(self, blocks: Iterable[int]) -> None:
         """One owner less. Published blocks are reused last, those that no request can hit at once."""
-        assert self.refs[block] > 0, f"block {block} freed twice"
-        self.refs[block] -= 1
-        if self.refs[block] == 1:
-            self.num_shared -= 1
-        elif self.refs[block] == 0:
-            self.unowned[block] = True
-            published = self.entries[block] is not None
+        refs, links, back, entries = self.refs, self.next, self.prev, self.entries
+        for block in blocks:
+            refs[block] = left = refs[block] - 1
+            if left:
+                assert left > 0, f"block {block} freed twice"
+                self.num_shared -= left == 1
+                continue
+            published = entries[block] is not None
+            before = back[0] if published else 0
+            after = links[before]
+            links[before] = back[after] = block
+            back[block], links[block] = before, after
+            self.num_free += 1
             self.num_cached += published
-            self._link_after(self.prev[0] if published else 0, block)
 
-    def enter(self, block: int, entry: Entry) -> None:
-        """Puts an owned block into the index, where its key is free."""
-        key, _, _, uid = entry
-        self.index[key], self.entries[block], self.uids[block] = block, entry, uid
+    def publish(self, block: int, key: bytes, parent: int | bytes, tokens: bytes, uid: int) -> int | None:
+        """Puts an owned block into the index, with this uid, unless its equal is there. Returns the uid of the one that
+        is; None: neither may be."""
+        taken = self.index.get(key)
+        if taken is not None:
+            entry = self.entries[taken]
+            assert entry is not None
+            if entry.parent == parent and entry.tokens == tokens:
+                return entry.uid
+        if block in self.barred or (taken is not None and self.reaches(taken)):
+            return None
+        if taken is not None:
+            self.forget(taken)
+        self.index[key], self.uids[block] = block, uid
+        self.entries[block] = _new(Entry, (key, parent, tokens, uid))
         self.live.add(uid)
+        return uid
 
     def forget(self, block: int) -> None:
+        """Takes a block out of the index, if it is there."""
         entry = self.entries[block]
         if entry is not None:
             del self.index[entry.key]
@@ -392,14 +389,8 @@ class Pool:
         end = int(there.argmin())
         return Run(run.blocks[:end], run.uids[:end])
 
-    def find(self, key: bytes, parent: int | bytes, tokens: bytes) -> int | None:
-        """The block published under `key`, if it is verified: same predecessor (hence same history), same tokens."""
-        block = self.index.get(key, 0)  # the dummy block has no entry
-        entry = self.entries[block]
-        return block if entry is not None and entry.parent == parent and entry.tokens == tokens else None
-
     def follow(self, keys: Sequence[bytes], parent: int | bytes, tokens: bytes) -> Run:
-        """The blocks under these keys, one behind the other, as far as they are there and verified as in `find`.
+        """The blocks under these keys, one behind the other, as far as they are there and verified.
 
         `tokens`: of all of them, one behind the other.
         """

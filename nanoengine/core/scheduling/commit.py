@@ -11,6 +11,7 @@ import numpy as np
 from nanoengine.api.deltas import Float32, LogprobRows
 from nanoengine.api.errors import draw_failure
 from nanoengine.core.request import Request, Status
+from nanoengine.core.scheduling.block_manager import BlockManager
 from nanoengine.core.scheduling.messages import ScheduledStep, Update
 from nanoengine.core.scheduling.queues import Roster
 from nanoengine.core.step import ROW_BAD_LOGITS, StepResult, offsets_of
@@ -43,15 +44,16 @@ def commit_rows(step: ScheduledStep, result: StepResult, roster: Roster) -> list
     new = tuple.__new__  # quicker than Update's own; it takes all fields, in their order
     for (request, generation), token in zip(step.rows, result.token_ids[:plain].tolist(), strict=False):
         output, check_at = request.output_token_ids, request.commit_check_at
-        if len(output) == check_at == request.publish_at - request.prompt_len:  # a block is full, which is often all
+        count = len(output)
+        if count == check_at == request.publish_at - request.prompt_len:  # a block is full, which is often all
             roster.blocks.publish(request, request.publish_at)
             check_at = request.commit_check_at = min(request.publish_at, request.max_len - 1) - request.prompt_len
-        if len(output) < check_at and token not in request.stop_set:
+        if count < check_at and token not in request.stop_set:
             output.append(token)
-            if len(output) >= request.report_at:
+            if count + 1 >= request.report_at:
                 updates.append(new(Update, (request, (token,), None, None, None, None, None, None)))
         else:
-            end = request.prompt_len + len(output)
+            end = request.prompt_len + count
             row = RowResult(end - 1, end, 1, (token,))
             _commit_row(request, generation, row, roster, updates)
     if plain < len(step.rows):
@@ -61,6 +63,15 @@ def commit_rows(step: ScheduledStep, result: StepResult, roster: Roster) -> list
         for update in updates:
             roster.tell(roster.policy.served, update.request, 0, len(update.new_token_ids))
     return updates
+
+
+def publish_prompts(step: ScheduledStep, blocks: BlockManager) -> None:
+    """The prompt blocks that the newest step computes can be found from here on: a step that reads them is launched
+    later, on one stream. Called right behind the launch, so that the device does not wait for it."""
+    first = step.plan.num_decode_rows
+    ends = step.plan.starts[first:] + step.plan.query_lens[first:]
+    for (request, _), end in zip(step.rows[first:], ends.tolist(), strict=True):
+        step.published.extend(blocks.publish(request, min(end, request.prompt_len)))
 
 
 def take_back_rows(step: ScheduledStep, roster: Roster, *, unadmit: bool) -> None:

@@ -306,11 +306,12 @@ def _processor_columns(new: Iterable[Request]) -> tuple[ProcessorColumn, ...]:
 
 
 def _block_appends(grown: Mapping[Request, int]) -> BlockAppends:
-    writes = [
-        (group, request.slot, index, block)
-        for request, first in grown.items()
-        for group, table in enumerate(request.block_ids)
-        for index, block in enumerate(table[first:], first)
-    ]
-    group, slot, index, block = i32(writes).reshape(-1, 4).T.copy()
-    return BlockAppends(group=group, slot=slot, index=index, block=block)
+    groups, slots, indices, blocks = list[int](), list[int](), list[int](), list[int]()
+    for request, first in grown.items():
+        for group, table in enumerate(request.block_ids):
+            count = len(table) - first
+            groups += [group] * count
+            slots += [request.slot] * count
+            indices += range(first, len(table))
+            blocks += table[first:]
+    return BlockAppends(group=i32(groups), slot=i32(slots), index=i32(indices), block=i32(blocks))

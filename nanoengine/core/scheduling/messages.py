@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from nanoengine.api.deltas import Float32, LogprobRows
@@ -61,14 +61,14 @@ class ScheduledStep:
     """A plan, and the requests of its rows: (request, its generation then), in the plan's order.
 
     drawn: per row, the most tokens it may bring: none for a chunk, else one and its drafts. published: prompt blocks
-    that the prefix index got with it. admitted: in this step. preempted: since the step before. first: the running
-    request whose turn it was; None: the policy's first.
+    that the prefix index got with it, once it was launched. admitted: in this step. preempted: since the step before.
+    first: the running request whose turn it was; None: the policy's first.
     """
 
     plan: StepPlan
     rows: tuple[tuple[Request, int], ...]
     drawn: tuple[int, ...]
-    published: tuple[Published, ...] = ()
+    published: list[Published] = field(default_factory=list)  # by `publish_prompts`
     admitted: tuple[Admission, ...] = ()
     preempted: tuple[Preemption, ...] = ()
     first: Request | None = None

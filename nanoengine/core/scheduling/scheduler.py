@@ -133,14 +133,19 @@ class Scheduler:
 
     def _pick_running(self, draft: Draft) -> None:
         """A row for each running request, as far as the budget goes. Most need no more than one token more: below
-        `pick_check_at` such a row is booked right here, as `Draft.book` would."""
+        `pick_check_at`, and at it with a block more, such a row is booked right here, as `Draft.book` would."""
         order = self.running.copy() if self._first is None else self._roster.service_order(self._first)
-        self._first = None
-        slots, starts, budget, late = draft.slots, draft.starts, draft.budget, False
+        self._first, slots, starts, budget = None, draft.slots, draft.starts, draft.budget
         for request in order:
             length = request.length
+            if length == request.pick_check_at < request.max_len and budget:
+                draft.budget = budget
+                if not self._make_room(request, length, draft):
+                    continue
+                budget, request.pick_check_at = draft.budget, min(request.max_len, request.capacity + 1)
             if length < request.pick_check_at and budget:
-                late = late or bool(request.host_states)
+                if request.host_states:
+                    draft.late = True
                 slots.append(request.slot)
                 starts.append(length - 1)
                 request.num_computed, request.length = length, length + 1
@@ -151,7 +156,7 @@ class Scheduler:
                 self._first = request
                 break
             budget = draft.budget
-        draft.budget, draft.late = budget, draft.late or late
+        draft.budget = budget
 
     def _pick(self, request: Request, draft: Draft) -> bool:
         """Gives a running request as many of its tokens as budget and blocks allow. False: there is no budget left."""
@@ -319,25 +324,20 @@ class Scheduler:
         self._fail(draft, cause, error)
 
     def _scheduled(self, draft: Draft, plan: StepPlan) -> ScheduledStep:
-        """The step counts as launched from here on, and the prompt blocks that it computes can be found."""
+        """The step counts as launched from here on."""
         self._next_step += 1
-        # One stream: a step that reads these blocks is launched later.
-        published = [b for r, _, end, _ in draft.prefill for b in self.blocks.publish(r, min(end, r.prompt_len))]
-        owners, preempted = self._roster.owners, tuple(self._roster.preempted)
-        self._roster.preempted.clear()
+        owners, (preempted, self._roster.preempted) = self._roster.owners, (self._roster.preempted, [])
         step = ScheduledStep(
             plan=plan,
-            rows=tuple([owners[slot] for slot in plan.slots.tolist()]),
+            rows=tuple(map(owners.__getitem__, plan.slots.tolist())),
             drawn=tuple(plan.query_lens[: plan.num_decode_rows].tolist() + [int(row.sampled) for row in draft.prefill]),
-            published=tuple(published),
-            admitted=tuple(
+            admitted=tuple([
                 Admission(r.id, r.slot, r.num_tokens, cached, r.generation > 1)
-                for r, cached in draft.new.items()
-                if r not in self._roster.unsent
-            ),
-            preempted=preempted,
+                for r, cached in draft.new.items() if r not in self._roster.unsent
+            ]),
+            preempted=tuple(preempted),
             first=draft.first,
-        )
+        )  # fmt: skip
         self._roster.unsent.difference_update(draft.new)
         self._in_flight[plan.step] = step
         self._stats.steps += 1

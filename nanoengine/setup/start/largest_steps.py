@@ -15,7 +15,7 @@ from nanoengine.api.processors import Need
 from nanoengine.core.execution.finish_step import PROMPT_LOGITS_ROWS
 from nanoengine.core.execution.results import StepHandle
 from nanoengine.core.execution.sampler import Sampler
-from nanoengine.core.execution.slots import SlotTables
+from nanoengine.core.execution.slots import LOGPROBS, RANDOM, SlotTables
 from nanoengine.core.execution.step_inputs import decode_plan
 from nanoengine.core.step import Int32, StepPlan
 
@@ -119,13 +119,13 @@ def _asking(tables: SlotTables, sampler: Sampler, num_logprobs: int, *, draws: b
     processors = {processor for processor, _ in sampler.standard_columns.values()} if draws else set()
 
     def ask(wanted: bool) -> None:
-        tables.changes += 1
         tables.host_num_logprobs.fill(num_logprobs if wanted else -1)
+        tables.host_asks[:, LOGPROBS] = wanted
         if draws:
-            tables.host_greedy.fill(not wanted)
+            tables.host_asks[:, RANDOM] = wanted
             tables.greedy.fill_(not wanted)
         for processor in processors:
-            tables.host_wants[processor].fill(wanted)
+            tables.host_asks[:, tables.asks_of[processor]] = wanted
 
     ask(True)
     try:

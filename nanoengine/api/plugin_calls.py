@@ -14,6 +14,7 @@ import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import entry_points
+from types import FrameType
 from typing import Any
 
 from nanoengine.api.errors import (
@@ -221,3 +222,19 @@ def _defined(owner: Any) -> tuple[str, int]:
         return inspect.getsourcefile(owner) or "", inspect.getsourcelines(owner)[1]
     except (OSError, TypeError):
         return "", 0
+
+
+def called_by(frame: FrameType) -> bool:
+    """Whether `frame` is a call that led to this one. One that an interrupt has left behind is none."""
+    caller: FrameType | None = sys._getframe()
+    while caller is not None and caller is not frame:
+        caller = caller.f_back
+    return caller is not None
+
+
+def no_interrupt(error: BaseException) -> PluginError:
+    """The error for what looks like an interrupt, on a thread that gets none."""
+    raised = traceback.extract_tb(own_value(error, "__traceback__"))[-1]
+    found = PluginError(f"{raised.filename}, line {raised.lineno} raised {described(error)} without an interrupt")
+    found.__cause__ = error
+    return found

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import threading
 import time
 from collections import deque
@@ -14,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from nanoengine.api.deltas import Pooling, RequestDelta
 from nanoengine.api.errors import (
@@ -29,6 +30,7 @@ from nanoengine.api.errors import (
     is_out_of_memory,
     step_failure,
 )
+from nanoengine.api.plugin_calls import called_by
 from nanoengine.core.delivery import START, OpenRequests, Watch
 from nanoengine.core.execution.executor import Executor
 from nanoengine.core.execution.results import NotLaunched, StepHandle, wait_out
@@ -70,6 +72,7 @@ class Engine:
         self._logged_errors: set[type[BaseException]] = set()  # types of errors that broke steps
         self._asked, self._closed, self._pid = LastAsked(), False, os.getpid()
         self._ended_by: WorkerError | None = None
+        self._running: Any = None  # the frame of `_run`
         self._step_lock = threading.RLock()  # one step at a time; taken before the locks of _requests
 
     def add_request(
@@ -126,10 +129,8 @@ class Engine:
             return self._requests.take_ready()
 
     def advance(self) -> None:
-        """Launch what can be launched, wait for the oldest step, and call the sinks.
-
-        An exception that an observer raises is raised here, after all deltas are delivered.
-        """
+        """Launch what can be launched, wait for the oldest step, and call the sinks. An exception that an observer
+        raises is raised here, after all deltas are delivered."""
         self._run_and_deliver(self._launch_and_wait)
 
     def keep_busy(self) -> None:
@@ -245,10 +246,8 @@ class Engine:
         self._requests.publish([(state, delta) for delta in state.last_deltas(error, which)])
 
     def _broken(self, error: BaseException) -> None:
-        """The oldest step raised, and those behind it break with it: they read tokens that it did not write.
-
-        Their requests run again, in smaller steps or one by one. One that raises alone fails alone.
-        """
+        """The oldest step raised, and those behind it break with it: they read tokens that it did not write. Their
+        requests run again, in smaller steps or one by one. One that raises alone fails alone."""
         wait_out([each.handle for each in self._in_flight][1:])
         steps, self._mid_update = [each.step for each in self._in_flight], True
         self._in_flight.clear()
@@ -277,11 +276,10 @@ class Engine:
             self._requests.deliver()
 
     def _run(self, work: Callable[[], None] | None = None) -> None:
-        """Add and abort what is in the inbox, then do `work`. No client is called.
-
-        Ctrl-C may come anywhere. In the middle of an update it costs the requests that run; else it costs nothing.
-        """
+        """Add and abort what is in the inbox, then do `work`. No client is called. Ctrl-C may come anywhere: in the
+        middle of an update it costs the requests that run, else nothing."""
         try:
+            self._running = sys._getframe()
             if self._mid_update:  # starting over was interrupted, too
                 self._start_over()
             self._drain_inbox()
@@ -291,6 +289,8 @@ class Engine:
             if self._mid_update:
                 self._start_over()
             raise
+        finally:
+            self._running = None
 
     def _drain_inbox(self) -> None:
         """Add and abort. What that raises fails the request alone."""
@@ -335,14 +335,12 @@ class Engine:
     # Between steps, and the end
 
     def apply_inbox(self) -> None:
-        """Add and abort without making a step, so that counters show it. No sink is called.
-
-        No effect where the engine is closed, or where another thread makes a step: that one does it.
-        """
+        """Add and abort without making a step, so that counters show it. No sink is called. No effect where the engine
+        is closed, or where a step is made: that one does it."""
         if self._is_fork or not self._step_lock.acquire(blocking=False):
             return
         try:
-            if not self._closed:
+            if not self._closed and not (self._running and called_by(self._running)):
                 self._run()
         finally:
             self._step_lock.release()
@@ -408,6 +406,8 @@ class Engine:
     def _locked(self) -> Iterator[None]:
         """Holds the step lock. Raises `EngineClosed`; in a fork at once, where nothing may ever release the lock."""
         self.check_open()
+        if threading.current_thread() is self._executor.thread or (self._running and called_by(self._running)):
+            raise NanoEngineError("a plugin or function that the engine calls in a step cannot run the engine")
         with self._step_lock:
             self.check_open()
             yield

@@ -15,6 +15,7 @@ from nanoengine import LLM, ParamsError, SamplingParams
 from nanoengine.plugins.samplers.function_state import FunctionParams, running
 from nanoengine.testing.mock_model import reference_logits
 
+from . import replay_drafter
 from .support import VOCAB, greedy, mock_llm, prompts, tokens_of
 from .test_drafts import with_drafts
 from .test_same_tokens import WAYS
@@ -167,3 +168,31 @@ def test_several_ranks_refuse_functions() -> None:
     for params in (FunctionParams(logits_processors=[shifted]), FunctionParams(batch_logits_processor=shifted)):
         with pytest.raises(ParamsError, match="functions of this process, and with several ranks"):
             params.pack(ctx)
+
+
+def test_what_a_step_calls_cannot_run_the_engine_and_fails_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A function would wait for the step that waits for it, and a drafter's call would find half an update."""
+    asked, drafted = prompts(3), GREEDY.replace(speculate=True)
+
+    def asks_again(ids: Sequence[int], logits: Tensor) -> Tensor:
+        llm.generate([[1]], GREEDY, use_tqdm=False)
+        return logits
+
+    def counts(ids: Sequence[int], logits: Tensor) -> Tensor:
+        assert llm.stats().running
+        return shifted(ids, logits)
+
+    def draft(self: Any, most: int) -> list[int]:
+        llm.generate([[1]], GREEDY, use_tqdm=False)
+        return []
+
+    monkeypatch.setattr(replay_drafter.ReplayState, "draft", draft)
+    plain = GREEDY.replace(speculate=False)
+    with mock_llm(tmp_path, plugins=[replay_drafter], speculation="replay") as llm:
+        each = [plain.replace(logits_processors=[asks_again]), plain.replace(logits_processors=[counts]), drafted]
+        one, two, three = llm.generate(asked, each, use_tqdm=False)
+        assert tokens_of(llm.generate(asked, plain, use_tqdm=False)) == [greedy(p, COUNT) for p in asked]
+    assert tokens_of([two]) == [expected(asked[1])]
+    assert ["cannot run the engine" in str(failed.error) for failed in (one, three)] == [True, True]

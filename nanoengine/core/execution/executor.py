@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import traceback
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -11,7 +10,8 @@ from functools import partial
 from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
 
-from nanoengine.api.errors import EngineClosed, PluginError, described, is_failure, own_value
+from nanoengine.api.errors import EngineClosed, is_failure
+from nanoengine.api.plugin_calls import no_interrupt
 from nanoengine.core.execution.results import LateStep, StepHandle
 from nanoengine.core.execution.runner import ModelRunner
 from nanoengine.core.step import StepPlan, StepResult, SuppliedColumn
@@ -20,7 +20,9 @@ T = TypeVar("T")
 
 
 class Executor(ABC):
-    """Runs step plans, in the order they were launched."""
+    """Runs step plans, in the order they were launched. thread: that makes the steps, if it is in this process."""
+
+    thread: threading.Thread | None = None
 
     @abstractmethod
     def launch(self, plan: StepPlan) -> StepHandle:
@@ -41,6 +43,7 @@ class InProcessExecutor(Executor):
 
     def __init__(self) -> None:
         self._thread = StepThread("nanoengine-step")
+        self.thread = self._thread.thread
         self._newest: Call | None = None  # the step launched last
         self.runner: ModelRunner | None = None
 
@@ -129,7 +132,7 @@ class Call(StepHandle):
             self._outcome = (function(), None)
         except BaseException as error:  # noqa: BLE001 - raised where the outcome is waited for
             self.failed = True
-            self._outcome = (None, error if is_failure(error) else _no_interrupt(error))
+            self._outcome = (None, error if is_failure(error) else no_interrupt(error))
         finally:
             self._gate.release()
             del self, function  # as in `wait`
@@ -138,13 +141,6 @@ class Call(StepHandle):
         """The call is not made."""
         self._function, self._outcome = None, (None, EngineClosed("the engine was closed before this was run"))
         self._gate.release()
-
-
-def _no_interrupt(error: BaseException) -> PluginError:
-    frame = traceback.extract_tb(own_value(error, "__traceback__"))[-1]
-    found = PluginError(f"{frame.filename}, line {frame.lineno} raised {described(error)} without an interrupt")
-    found.__cause__ = error
-    return found
 
 
 class StepThread:
@@ -157,9 +153,9 @@ class StepThread:
 
     def __init__(self, name: str) -> None:
         self._calls: SimpleQueue[Call | None] = SimpleQueue()
-        self._thread = threading.Thread(target=_serve, args=(self._calls,), name=name, daemon=True)
-        self._thread.start()
-        self._close = weakref.finalize(self, _end, self._calls, self._thread)
+        self.thread = threading.Thread(target=_serve, args=(self._calls,), name=name, daemon=True)
+        self.thread.start()
+        self._close = weakref.finalize(self, _end, self._calls, self.thread)
 
     def submit(self, function: Callable[[], Any]) -> Call:
         """Hand a call over, without waiting for it."""

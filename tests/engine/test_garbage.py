@@ -13,6 +13,7 @@ from nanoengine.setup.start.garbage import without_collections
 @pytest.fixture
 def usual() -> Iterator[None]:
     threshold = gc.get_threshold()
+    gc.set_threshold(700, 10, 10)  # Python's own: a run in this process may have set another
     yield
     gc.set_threshold(*threshold)
     gc.unfreeze()

@@ -169,8 +169,8 @@ class Engine:
                 self._watch.launched(step, self.scheduler, scheduling, launching)
             publish_prompts(step, self.scheduler.blocks)
             self._mid_update = False
-            for admission in step.admitted:
-                state = self._requests.known.get(admission.request.rpartition("/")[0])
+            for request, _ in step.rows if step.admitted else ():
+                state = self._requests.known.get(request.parent)
                 if state is not None and state.first_scheduled is None:  # None: a sibling's processor just failed it
                     state.first_scheduled = launching
 

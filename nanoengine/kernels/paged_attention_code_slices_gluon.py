@@ -33,7 +33,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from nanoengine.kernels.kv_quant import LARGEST, kv_dtype_of
-from nanoengine.kernels.paged_attention_codes_gluon import FP8_EVEN, FP8_ODD, INT8_EVEN, INT8_ODD, TYPES, halves
+from nanoengine.kernels.paged_attention_codes_gluon import TYPES, halves
+from nanoengine.kernels.paged_attention_half_triton import FP8_EVEN, FP8_ODD, INT8_EVEN, INT8_ODD
 from nanoengine.kernels.paged_attention_plan import NewTokens
 from nanoengine.kernels.paged_attention_slices import HEAD, WARPS
 from nanoengine.kernels.paged_attention_slices_gluon import turned

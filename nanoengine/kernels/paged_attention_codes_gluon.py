@@ -26,6 +26,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from nanoengine.kernels.paged_attention_half_triton import FP8_EVEN, FP8_ODD, INT8_EVEN, INT8_ODD
 from nanoengine.kernels.paged_attention_plan import DecodeConfig, DecodeScratch
 from nanoengine.kernels.pdl_triton import release_dependents, wait_for_inputs
 from nanoengine.kernels.split_k_triton import come
@@ -44,25 +45,6 @@ _CODES = gl.constexpr(gl.NVMMASharedLayout(128, 8, rank=2))
 _IN_A_ROW = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
 _QUERIES = gl.constexpr(gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0]))
 _PARTS = gl.constexpr(gl.BlockedLayout([2], [32], [4], [0]))
-
-# Two bytes of each of two keys -> the first, or the second, of both as float16.
-_FP8_AT = """{{
-.reg .b32 a;
-.reg .b16 b, c;
-prmt.b32 a, $1, 0, {bytes};
-mov.b32 {{b, c}}, a;
-cvt.rn.f16x2.e4m3x2 $0, b;
-}}"""
-_INT8_AT = """{{
-.reg .b32 a, one, off;
-prmt.b32 a, $1, 0x64646464, {bytes};
-xor.b32 a, a, 0x00800080;
-mov.b32 one, 0x3C003C00;
-mov.b32 off, 0xE480E480;
-fma.rn.f16x2 $0, a, one, off;
-}}"""
-FP8_EVEN, FP8_ODD = (gl.constexpr(_FP8_AT.format(bytes=bytes_)) for bytes_ in ("0x0020", "0x0031"))
-INT8_EVEN, INT8_ODD = (gl.constexpr(_INT8_AT.format(bytes=bytes_)) for bytes_ in ("0x4240", "0x4341"))
 
 
 @gluon.jit

@@ -36,8 +36,8 @@ mov.b32 off, 0xE480E480;
 fma.rn.f16x2 $0, a, one, off;
 fma.rn.f16x2 $1, b, one, off;
 }""")
-_FP8_EVEN, _FP8_ODD = (tl.constexpr(_FP8_AT.format(bytes=bytes_)) for bytes_ in ("0x0020", "0x0031"))
-_INT8_EVEN, _INT8_ODD = (tl.constexpr(_INT8_AT.format(bytes=bytes_)) for bytes_ in ("0x4240", "0x4341"))
+FP8_EVEN, FP8_ODD = (tl.constexpr(_FP8_AT.format(bytes=bytes_)) for bytes_ in ("0x0020", "0x0031"))
+INT8_EVEN, INT8_ODD = (tl.constexpr(_INT8_AT.format(bytes=bytes_)) for bytes_ in ("0x4240", "0x4341"))
 
 
 @triton.jit
@@ -50,14 +50,14 @@ def _codes_at(words, ODD: tl.constexpr, DTYPE: tl.constexpr, ASM: tl.constexpr):
     """float16: the even or the odd codes of int16 words of two. So values are read as tensor cores take them."""
     if ASM and DTYPE == tl.int8:  # noqa: SIM300
         if ODD:
-            return _run(_INT8_ODD, words)
+            return _run(INT8_ODD, words)
         else:
-            return _run(_INT8_EVEN, words)
+            return _run(INT8_EVEN, words)
     elif ASM:
         if ODD:
-            return _run(_FP8_ODD, words)
+            return _run(FP8_ODD, words)
         else:
-            return _run(_FP8_EVEN, words)
+            return _run(FP8_EVEN, words)
     else:
         return ((words >> (8 if ODD else 0)) & 255).to(tl.uint8).to(DTYPE, bitcast=True).to(tl.float16)
 

@@ -53,10 +53,8 @@ class RequestModel(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _without_nulls(cls, given: Any) -> Any:
-        """Some clients write every field that they know, and null where nothing is wanted."""
-        nulls = [name for name in cls.not_supported if given.get(name, 0) is None] if isinstance(given, dict) else []
-        return {name: value for name, value in given.items() if name not in nulls} if nulls else given
+    def _read(cls, given: Any) -> Any:
+        return _without_nulls(cls, given) if isinstance(given, dict) else given
 
     def given(self, name: str) -> bool:
         """Whether the client sent this field with a value; null is no value."""
@@ -76,7 +74,7 @@ def parsed(model: type[Model], body: bytes) -> Model:
         raise invalid(f"the body must be a JSON object, not {type(data).__name__}", code="invalid_json")
     if brackets > _MOST_DEPTH:
         _refuse_deep(data)
-    _refuse_unknown(model, data)
+    _refuse_unknown(model, _without_nulls(model, data))
     return checked(model, data)
 
 
@@ -109,11 +107,16 @@ def _refuse_deep(data: Any) -> None:
     raise invalid(f"the body is nested more than {_MOST_DEPTH} levels deep", code="invalid_json")
 
 
+def _without_nulls(model: type[RequestModel], data: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Some clients write every field that they know, and null where nothing is wanted."""
+    nulls = [name for name in model.not_supported if data.get(name, 0) is None]
+    return {name: value for name, value in data.items() if name not in nulls} if nulls else data
+
+
 def _refuse_unknown(model: type[RequestModel], data: Mapping[str, Any]) -> None:
     """Before pydantic would list all of them."""
-    for name, value in data.items():
-        known = name in model.model_fields or (value is None and name in model.not_supported)
-        if not known:  # fields at the top have no aliases
+    for name in data:
+        if name not in model.model_fields:  # fields at the top have no aliases
             raise _unknown(model, name, name)
 
 
